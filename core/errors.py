@@ -1,0 +1,60 @@
+"""Every error that rlx raises on purpose.
+
+    RlxError
+    ├── ConfigError (ValueError)         the YAML or an override is wrong
+    ├── UserCodeError (RuntimeError)     a reward, transform or rollout function is wrong
+    ├── DatasetError (ValueError)        a data set is missing, empty or malformed
+    ├── ModelError (RuntimeError)        a model cannot be found or loaded
+    ├── ServiceError (RuntimeError)      the rollout service refused or failed
+    │   ├── ServiceUnavailable           nobody answers, or a worker is down
+    │   └── WeightSyncError              a worker did not take the weights that were sent
+    └── DeadlineExceeded (TimeoutError)  someone did not answer in time
+
+Each message says what was wrong, where, and what to write instead. All of them survive pickling, so that
+they cross process boundaries within one machine with their text.
+"""
+
+from __future__ import annotations
+
+
+class RlxError(Exception):
+    """Base class. `str(error)` is the message shown to the user; `exit_code` is the process's."""
+
+    exit_code = 1
+
+    def __init__(self, message: str):
+        super().__init__(message)
+
+
+class ConfigError(RlxError, ValueError):
+    """The configuration cannot be used; the message names the key, file and line where they are known."""
+
+    exit_code = 2
+
+
+class UserCodeError(RlxError, RuntimeError):
+    """Code that the user named is missing, does not import, or broke its contract."""
+
+
+class DatasetError(RlxError, ValueError):
+    """A data set is missing, empty, or has rows that cannot be used."""
+
+
+class ModelError(RlxError, RuntimeError):
+    """A model or tokenizer cannot be found or loaded."""
+
+
+class ServiceError(RlxError, RuntimeError):
+    """The rollout service refused a request or failed."""
+
+
+class ServiceUnavailable(ServiceError):
+    """Nobody answers at the service's address, or one of its workers is down."""
+
+
+class WeightSyncError(ServiceError):
+    """A worker did not take the weights that were sent, or took others."""
+
+
+class DeadlineExceeded(RlxError, TimeoutError):
+    """Someone did not answer in time; the message names who and how long was waited."""

@@ -1,0 +1,276 @@
+"""What crosses the network between learner and service, and its binary form.
+
+A frame is `b"RLX1"`, a little-endian uint32 header length, a JSON header, then raw blocks. The header lists each
+block as `[name, dtype, count]`; token ids are int32, log-probabilities and rewards float32, all little-endian, so
+that 1,000 tokens with their log-probabilities cost 8,000 bytes and no per-token Python object. `decode` gives
+views on the received bytes. JSON for people is the same objects through `to_json`.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+CONTENT_TYPE = "application/x-rlx"
+_MAGIC = b"RLX1"
+_DTYPES = {"i4": np.dtype("<i4"), "f4": np.dtype("<f4"), "u1": np.dtype("u1")}
+
+
+class WireError(ValueError):
+    """Bytes that are not a frame of this format."""
+
+
+def encode_frame(header: Mapping[str, Any], blocks: Mapping[str, np.ndarray]) -> bytes:
+    """One frame. `blocks` are one-dimensional arrays of int32, float32 or uint8."""
+    table, payload = [], []
+    for name, array in blocks.items():
+        code = array.dtype.str.lstrip("<|")
+        if code not in _DTYPES or array.ndim != 1:
+            raise WireError(f"block {name!r}: one-dimensional int32, float32 or uint8 expected, got {array.dtype} {array.shape}")
+        table.append([name, code, array.size])
+        payload.append(np.ascontiguousarray(array, dtype=_DTYPES[code]).data)
+    head = json.dumps({**header, "blocks": table}, separators=(",", ":")).encode()
+    return b"".join([_MAGIC, struct.pack("<I", len(head)), head, *payload])
+
+
+def decode_frame(frame: bytes | memoryview) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Header and blocks of a frame; the arrays are read-only views on `frame`."""
+    view = memoryview(frame)
+    if len(view) < 8 or bytes(view[:4]) != _MAGIC:
+        raise WireError("not an rlx frame: it does not start with RLX1")
+    (head_size,) = struct.unpack("<I", view[4:8])
+    try:
+        header = json.loads(bytes(view[8 : 8 + head_size]))
+        table = header.pop("blocks")
+    except (ValueError, KeyError, AttributeError) as error:
+        raise WireError(f"the header of the frame is not readable: {error}") from error
+    offset, blocks = 8 + head_size, {}
+    for name, code, count in table:
+        if code not in _DTYPES:
+            raise WireError(f"block {name!r} has the unknown type {code!r}")
+        size = _DTYPES[code].itemsize * count
+        if count < 0 or offset + size > len(view):
+            raise WireError(f"block {name!r} needs {size} bytes, the frame ends after {len(view) - offset}")
+        blocks[name] = np.frombuffer(view[offset : offset + size], dtype=_DTYPES[code])
+        offset += size
+    if offset != len(view):
+        raise WireError(f"{len(view) - offset} bytes too many after the last block")
+    return header, blocks
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample a completion. `top_k` 0 and `min_p` 0 mean off; `max_tokens` bounds the completion, in tokens."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
+    regex: str | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """More fields of vLLM's SamplingParams, by its names (`trl.generation_kwargs`)."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled completion of T tokens, end-of-sequence token included when it was sampled.
+
+    `ids` int32 [T]; `logprobs` float32 [T], of the distribution that was sampled from; `versions`: run-length
+    encoded `(weight_version, count)` whose counts sum to T; `finish_reason`: stop, length or abort.
+    """
+
+    ids: np.ndarray
+    logprobs: np.ndarray
+    versions: tuple[tuple[int, int], ...]
+    finish_reason: str
+    text: str
+
+
+@dataclass(frozen=True)
+class GroupRequest:
+    """`num_generations` completions of one prompt, scored together.
+
+    `key` makes it idempotent: the same key gives the same result, never a second rollout. `prompt` is what the
+    user's data set holds (a string or chat messages); `prompt_ids` int32 [P] is what the engine continues.
+    `columns` are the other columns of the row, JSON values, for the rewards.
+    """
+
+    key: str
+    prompt: str | list[dict[str, Any]]
+    prompt_ids: np.ndarray
+    num_generations: int
+    sampling: Sampling
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    step: int = 0
+    deadline_s: float = 600.0
+    """Seconds after which the service gives up on this group, counted from its arrival."""
+
+    def encode(self) -> bytes:
+        head = {"kind": "group_request", "key": self.key, "prompt": self.prompt, "n": self.num_generations,
+                "sampling": asdict(self.sampling), "columns": dict(self.columns), "step": self.step,
+                "deadline_s": self.deadline_s}  # fmt: skip
+        return encode_frame(head, {"prompt_ids": self.prompt_ids.astype(np.int32)})
+
+    @staticmethod
+    def decode(frame: bytes | memoryview) -> GroupRequest:
+        head, blocks = decode_frame(frame)
+        return GroupRequest.from_json({**head, "prompt_ids": blocks.get("prompt_ids", [])})
+
+    @staticmethod
+    def from_json(body: Mapping[str, Any]) -> GroupRequest:
+        """From the JSON form: `key, prompt, prompt_ids, n, sampling{...}, columns, step, deadline_s`."""
+        try:
+            sampling = dict(body["sampling"])
+            sampling["stop"] = tuple(sampling.get("stop") or ())
+            return GroupRequest(
+                key=str(body["key"]),
+                prompt=body["prompt"],
+                prompt_ids=np.asarray(body["prompt_ids"], dtype=np.int32),
+                num_generations=int(body["n"]),
+                sampling=Sampling(**sampling),
+                columns=body.get("columns", {}),
+                step=int(body.get("step", 0)),
+                deadline_s=float(body.get("deadline_s", 600.0)),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise WireError(f"not a group request: {type(error).__name__}: {error}") from error
+
+
+@dataclass(frozen=True)
+class RewardOutcome:
+    """What one reward function said of one group: `values` float32 [G], NaN where it gave None."""
+
+    name: str
+    values: np.ndarray
+    seconds: float
+
+
+@dataclass(frozen=True)
+class GroupResult:
+    """A scored group of G completions. `worker` names who generated it; times are in seconds."""
+
+    key: str
+    completions: tuple[Completion, ...]
+    rewards: tuple[RewardOutcome, ...]
+    worker: str
+    generation_s: float
+    reward_s: float
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """What the reward functions logged with `log_metric`."""
+
+    def encode(self) -> bytes:
+        head = {
+            "kind": "group_result",
+            "key": self.key,
+            "worker": self.worker,
+            "generation_s": self.generation_s,
+            "reward_s": self.reward_s,
+            "metrics": dict(self.metrics),
+            "completions": [
+                {"n": int(c.ids.size), "versions": c.versions, "finish_reason": c.finish_reason, "text": c.text}
+                for c in self.completions
+            ],
+            "rewards": [{"name": r.name, "seconds": r.seconds} for r in self.rewards],
+        }
+        return encode_frame(
+            head,
+            {
+                "ids": _concat([c.ids for c in self.completions], np.int32),
+                "logprobs": _concat([c.logprobs for c in self.completions], np.float32),
+                "rewards": _concat([r.values for r in self.rewards], np.float32),
+            },
+        )
+
+    @staticmethod
+    def decode(frame: bytes | memoryview) -> GroupResult:
+        head, blocks = decode_frame(frame)
+        try:
+            return GroupResult._assemble(head, blocks)
+        except (KeyError, TypeError, ValueError) as error:
+            raise WireError(f"not a group result: {type(error).__name__}: {error}") from error
+
+    @staticmethod
+    def _assemble(head: Mapping[str, Any], blocks: Mapping[str, np.ndarray]) -> GroupResult:
+        lengths = [int(c["n"]) for c in head["completions"]]
+        if blocks["ids"].size != sum(lengths) or blocks["logprobs"].size != sum(lengths):
+            raise WireError(f"{sum(lengths)} tokens announced, {blocks['ids'].size} ids and {blocks['logprobs'].size} log-probs sent")
+        cuts = np.cumsum(lengths)[:-1]
+        completions = []
+        for meta, ids, logprobs in zip(head["completions"], np.split(blocks["ids"], cuts), np.split(blocks["logprobs"], cuts), strict=True):
+            versions = tuple((int(v), int(n)) for v, n in meta["versions"])
+            if sum(n for _, n in versions) != ids.size:
+                raise WireError(f"versions {versions} do not partition the {ids.size} sampled tokens")
+            completions.append(Completion(ids, logprobs, versions, meta["finish_reason"], meta["text"]))
+        values = blocks["rewards"].reshape(len(head["rewards"]), len(lengths))
+        return GroupResult(
+            key=head["key"],
+            completions=tuple(completions),
+            rewards=tuple(RewardOutcome(r["name"], v, r["seconds"]) for r, v in zip(head["rewards"], values, strict=True)),
+            worker=head["worker"],
+            generation_s=head["generation_s"],
+            reward_s=head["reward_s"],
+            metrics=head["metrics"],
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """For people: the same content as plain JSON, None where a reward was not applicable."""
+        return {
+            "key": self.key,
+            "worker": self.worker,
+            "generation_s": self.generation_s,
+            "reward_s": self.reward_s,
+            "metrics": dict(self.metrics),
+            "completions": [
+                {
+                    "text": c.text,
+                    "ids": c.ids.tolist(),
+                    "logprobs": [round(float(x), 6) for x in c.logprobs],
+                    "versions": c.versions,
+                    "finish_reason": c.finish_reason,
+                    "rewards": {r.name: None if np.isnan(r.values[i]) else float(r.values[i]) for r in self.rewards},
+                }
+                for i, c in enumerate(self.completions)
+            ],
+        }
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, dtype (safetensors code such as BF16) and shape of one parameter, in the Hugging Face naming."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class WeightManifest:
+    """What a weight update will bring. `fingerprint` is the xxh3-128 hex digest of the safetensors bytes."""
+
+    version: int
+    nbytes: int
+    fingerprint: str
+    tensors: tuple[TensorSpec, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(body: Mapping[str, Any]) -> WeightManifest:
+        try:
+            tensors = tuple(TensorSpec(t["name"], t["dtype"], tuple(t["shape"])) for t in body["tensors"])
+            return WeightManifest(int(body["version"]), int(body["nbytes"]), str(body["fingerprint"]), tensors)
+        except (KeyError, TypeError, ValueError) as error:
+            raise WireError(f"not a weight manifest: {type(error).__name__}: {error}") from error
+
+
+def _concat(arrays: list[np.ndarray], dtype: Any) -> np.ndarray:
+    return np.concatenate(arrays).astype(dtype, copy=False) if arrays else np.empty(0, dtype)
