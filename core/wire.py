@@ -31,7 +31,9 @@ def encode_frame(header: Mapping[str, Any], blocks: Mapping[str, np.ndarray]) ->
     for name, array in blocks.items():
         code = array.dtype.str.lstrip("<|")
         if code not in _DTYPES or array.ndim != 1:
-            raise WireError(f"block {name!r}: one-dimensional int32, float32 or uint8 expected, got {array.dtype} {array.shape}")
+            raise WireError(
+                f"block {name!r}: one-dimensional int32, float32 or uint8 expected, got {array.dtype} {array.shape}"
+            )
         table.append([name, code, array.size])
         payload.append(np.ascontiguousarray(array, dtype=_DTYPES[code]).data)
     head = json.dumps({**header, "blocks": table}, separators=(",", ":")).encode()
@@ -201,10 +203,14 @@ class GroupResult:
     def _assemble(head: Mapping[str, Any], blocks: Mapping[str, np.ndarray]) -> GroupResult:
         lengths = [int(c["n"]) for c in head["completions"]]
         if blocks["ids"].size != sum(lengths) or blocks["logprobs"].size != sum(lengths):
-            raise WireError(f"{sum(lengths)} tokens announced, {blocks['ids'].size} ids and {blocks['logprobs'].size} log-probs sent")
+            raise WireError(
+                f"{sum(lengths)} tokens announced, {blocks['ids'].size} ids and {blocks['logprobs'].size} log-probs sent"
+            )
         cuts = np.cumsum(lengths)[:-1]
         completions = []
-        for meta, ids, logprobs in zip(head["completions"], np.split(blocks["ids"], cuts), np.split(blocks["logprobs"], cuts), strict=True):
+        for meta, ids, logprobs in zip(
+            head["completions"], np.split(blocks["ids"], cuts), np.split(blocks["logprobs"], cuts), strict=True
+        ):
             versions = tuple((int(v), int(n)) for v, n in meta["versions"])
             if sum(n for _, n in versions) != ids.size:
                 raise WireError(f"versions {versions} do not partition the {ids.size} sampled tokens")
@@ -213,7 +219,9 @@ class GroupResult:
         return GroupResult(
             key=head["key"],
             completions=tuple(completions),
-            rewards=tuple(RewardOutcome(r["name"], v, r["seconds"]) for r, v in zip(head["rewards"], values, strict=True)),
+            rewards=tuple(
+                RewardOutcome(r["name"], v, r["seconds"]) for r, v in zip(head["rewards"], values, strict=True)
+            ),
             worker=head["worker"],
             generation_s=head["generation_s"],
             reward_s=head["reward_s"],

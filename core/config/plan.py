@@ -1,0 +1,6 @@
+class Plan:
+    pass
+
+
+def make_plan():
+    pass

@@ -1,0 +1,85 @@
+"""Keys that Axolotl's users bring and rlx does not honour: why, and what to write instead.
+
+A key is listed with the values that mean "off" there, which are accepted and change nothing; any other value is an
+error. Nothing is dropped silently.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+_OFF: tuple[Any, ...] = (None, False)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    why: str
+    instead: str
+    harmless: tuple[Any, ...] = _OFF
+
+
+def _refuse(keys: str, why: str, instead: str, harmless: tuple[Any, ...] = _OFF) -> dict[str, Refusal]:
+    return {key: Refusal(why, instead, harmless) for key in keys.split()}
+
+
+_REMOVE = "Remove the key."
+_TRACKERS = "Remove the key; the run writes metrics.jsonl, samples.jsonl and a learning curve to output_dir."
+_NO_ADAPTER = "Remove the key (and `adapter`): the whole model is trained."
+
+REFUSED: dict[str, Refusal] = {
+    **_refuse("dpo_beta orpo_alpha kto_desirable_weight kto_undesirable_weight simpo_gamma cpo_alpha dpo_label_smoothing dpo_loss_type "
+              "dpo_loss_weights precompute_ref_log_probs rl_beta", "it belongs to preference training, and rlx trains with `rl: grpo`",
+              "Remove the key; the KL weight of GRPO is `trl.beta`."),
+    **_refuse("adapter lora_r lora_alpha lora_dropout lora_target_modules lora_target_linear lora_modules_to_save lora_model_dir peft_use_dora "
+              "peft_use_rslora load_in_4bit load_in_8bit lora_mlp_kernel lora_qkv_kernel lora_o_kernel qlora_sharded_model_loading peft", "adapters and quantised "
+              "training are not supported", _NO_ADAPTER, (None, False, [], "")),
+    **_refuse("rl_adapter_ref_model", "adapters are not supported", _REMOVE),
+    **_refuse("reward_model process_reward_model", "training a reward model is not supported", "Remove the key."),
+    **_refuse("deepspeed fsdp fsdp_config fsdp_version", "the learner's processes hold the whole model each (DDP)", _REMOVE, (None, False, [], "", {})),
+    **_refuse("use_ray ray_num_workers ray_run_name resources_per_worker", "the learner does not run inside Ray; the rollout service always does",
+              "Remove the key; `rlx train CFG --num-processes N` starts the learner's processes."),
+    **_refuse("wandb_project wandb_entity wandb_name wandb_run_id wandb_watch wandb_log_model wandb_mode use_wandb mlflow_tracking_uri "
+              "mlflow_experiment_name mlflow_run_name hf_mlflow_log_artifacts use_mlflow use_tensorboard use_trackio trackio_project_name trackio_run_name "
+              "trackio_space_id use_comet comet_api_key comet_project_name swanlab_project use_swanlab report_to", "experiment trackers are not supported", _TRACKERS,
+              (None, False, "", [], "none")),
+    **_refuse("sample_packing pad_to_sequence_len eval_sample_packing multipack_real_batches", "packing is not supported; batches are grouped by length", _REMOVE),
+    **_refuse("group_by_length train_on_inputs strict dataset_processes overrides_of_model_config xformers_attention flex_attention s2_attention",
+              "it has no effect on GRPO", _REMOVE),
+    **_refuse("fp16", "the learner keeps float32 master weights and computes in bfloat16 at most", "Write `bf16: true`, or nothing on a CPU."),
+    **_refuse("special_tokens tokens added_tokens_overrides", "changing the vocabulary would part the learner from the rollout workers",
+              "Save the model and tokenizer with those tokens once, and name that folder in `base_model`.", (None, [], {})),
+    **_refuse("eval_batch_size eval_table_size eval_max_new_tokens eval_causal_lm_metrics do_bench_eval", "evaluation runs through the service",
+              "Remove the key; use `test_datasets` and `eval_steps`.", (None, False, [])),
+    **_refuse("hub_model_id hub_strategy push_dataset_to_hub push_to_hub", "nothing is uploaded", "Remove the key, and upload output_dir yourself."),
+    **_refuse("save_only_model", "a checkpoint without optimizer cannot be resumed", _REMOVE),
+    **_refuse("early_stopping_patience loss_watchdog_threshold loss_watchdog_patience", "it watches a supervised loss", _REMOVE),
+    **_refuse("plugins", "Axolotl's plugins are not loaded", _REMOVE, (None, False, [])),
+    **_refuse("trl.rollout_func trl.environment_factory trl.tools", "rollout functions are not supported; each prompt gets one single-turn completion per generation",
+              "Remove the key.", (None, False, [], "")),
+    **_refuse("trl.use_liger_loss", "Liger's fused loss is not supported", _REMOVE),
+    **_refuse("trl.steps_per_generation", "each batch of rollouts is used for exactly one optimizer step",
+              "Remove the key; `trl.generation_batch_size` sets the completions per step.", (None,)),
+    **_refuse("trl.vllm_enable_sleep_mode", "the workers have GPUs of their own and never sleep", _REMOVE),
+    **_refuse("trl.sync_ref_model trl.ref_model_mixup_alpha trl.ref_model_sync_steps", "the reference stays the initial model", _REMOVE),
+    **_refuse("trl.entropy_coef trl.entropy_target trl.use_adaptive_entropy trl.entropy_coef_delta trl.entropy_coef_min trl.entropy_coef_max "
+              "trl.top_entropy_quantile", "entropy terms are not supported", _REMOVE, (None, False, 0, 0.0, 1.0)),
+    **_refuse("trl.off_policy_mask_threshold trl.sapo_temperature_neg trl.sapo_temperature_pos trl.vespo_k_pos trl.vespo_k_neg trl.vespo_lambda_pos "
+              "trl.vespo_lambda_neg trl.cast_lm_head_to_fp32 trl.max_tool_calling_iterations", "it is not supported", _REMOVE),
+    **_refuse("trl.use_data_producer trl.async_prefetch trl.prefetch_depth trl.vllm_sync_interval trl.streaming_partial_batch trl.reward_num_workers "
+              "trl.replay_buffer_size trl.skip_zero_advantage_batches trl.vllm_lora_sync", "the run is synchronous: weights are published after every step",
+              _REMOVE, (None, False, 0)),
+    **_refuse("vllm.enable_reasoning vllm.reasoning_parser vllm.device", "it does nothing in Axolotl either", _REMOVE, (None, False, "", "auto")),
+    **_refuse("vllm.serve_module vllm.worker_extension_cls", "the workers are rlx's own", _REMOVE, (None, "")),
+}  # fmt: skip
+
+VALUE_HINTS: dict[tuple[str, Any], str] = {
+    ("trl.use_vllm", False): "rlx generates with vLLM only. Write `use_vllm: true` or remove the key.",
+    (
+        "trl.vllm_mode",
+        "colocate",
+    ): "the learner and the workers are separate processes. Write `vllm_mode: server` or remove the key.",
+}
+"""What to say of a value that other tools accept."""
+
+METHODS_ELSEWHERE = ("dpo", "ipo", "orpo", "kto", "simpo", "gdpo")

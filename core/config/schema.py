@@ -1,0 +1,200 @@
+"""The whole configuration: the top level with Axolotl's names, and the laws that hold between keys."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, PrivateAttr, field_validator, model_validator
+
+from rlx.config.sections import (
+    ClusterSection,
+    DatasetSection,
+    RewardsSection,
+    Section,
+    ServiceSection,
+    TrlSection,
+    VllmSection,
+)
+
+
+class Config(Section):
+    """Everything that one run needs; both commands read the same file."""
+
+    # model
+    base_model: str = Field(
+        description="Hub id or local folder (absolute, relative to the YAML, or to the current folder) of the model to train."
+    )
+    revision_of_model: str | None = Field(None, description="Revision of a hub model.")
+    trust_remote_code: bool = Field(False, description="Run code that comes with the model.")
+    tokenizer_config: str | None = Field(None, description="Another hub id or folder for the tokenizer.")
+    chat_template: str | None = Field(None, description="`tokenizer_default` (or nothing): the tokenizer's own.")
+    chat_template_jinja: str | None = Field(
+        None, description="A chat template, as Jinja text or as a file next to the YAML; replaces the tokenizer's own."
+    )
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] | None = Field(
+        None, description="Attention of the learner; default: transformers' choice."
+    )
+    flash_attention: bool = Field(False, description="Same as attn_implementation: flash_attention_2.")
+    sdp_attention: bool = Field(False, description="Same as attn_implementation: sdpa.")
+    # method and data
+    rl: Literal["grpo"] = Field(description="The method: grpo.")
+    datasets: list[DatasetSection] = Field(min_length=1, description="Prompts to train on; several are joined.")
+    test_datasets: list[DatasetSection] = Field(
+        default=[],
+        description="Held-out prompts: evaluated before the first step, after the last, and every eval_steps.",
+    )
+    val_set_size: float = Field(
+        0.0, ge=0, description="Instead of test_datasets: hold out this share (below 1) or number of training rows."
+    )
+    shuffle_merged_datasets: bool = Field(
+        True, description="Same as trl.shuffle_dataset; both must be true to shuffle."
+    )
+    dataset_prepared_path: str | None = Field(
+        None,
+        description="Where `datasets` keeps its caches. Transforms are always run again, so edits of their code take effect.",
+    )
+    sequence_len: int | None = Field(
+        None, ge=2, description="Tokens of prompt and completion together; sets max_prompt_length."
+    )
+    trl: TrlSection = Field(default_factory=TrlSection, description="Generation, rewards and loss.")
+    vllm: VllmSection = Field(default_factory=VllmSection, description="Rollout workers.")
+    service: ServiceSection = Field(default_factory=ServiceSection, description="Deadlines of the service.")
+    rewards: RewardsSection = Field(default_factory=RewardsSection, description="How rewards are run.")
+    cluster: ClusterSection = Field(default_factory=ClusterSection, description="Ray.")
+    # optimization
+    micro_batch_size: int = Field(1, ge=1, description="Completions per process in one forward and backward.")
+    gradient_accumulation_steps: int = Field(
+        1,
+        ge=1,
+        description="Micro-batches per optimizer step and process; raised when the step would not hold whole groups.",
+    )
+    num_epochs: float = Field(1.0, gt=0, description="Passes over the prompts.")
+    max_steps: int | None = Field(None, ge=1, description="Optimizer steps; overrides num_epochs.")
+    learning_rate: float = Field(1e-6, gt=0, description="Peak learning rate (TRL's GRPO default).")
+    optimizer: str = Field("adamw_torch", description="An optimizer of transformers' TrainingArguments.optim.")
+    lr_scheduler: str = Field("cosine", description="A schedule of transformers' TrainingArguments.lr_scheduler_type.")
+    lr_scheduler_kwargs: dict[str, Any] = Field(default={}, description="Its arguments.")
+    warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up.")
+    warmup_ratio: float | None = Field(None, ge=0, lt=1, description="Instead of warmup_steps: share of all steps.")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="Adam's β1.")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="Adam's β2.")
+    adam_epsilon: float = Field(1e-8, gt=0, description="Adam's ε.")
+    max_grad_norm: float = Field(1.0, ge=0, description="Gradient clipping; 0 is off.")
+    seed: int = Field(42, ge=0, description="Seed of the data order, the sampling engine and the learner.")
+    bf16: bool | Literal["auto"] = Field(
+        "auto", description="Compute in bfloat16 over float32 master weights. auto: on a GPU that has it."
+    )
+    tf32: bool | Literal["auto"] = Field("auto", description="TensorFloat-32 matrix products on GPUs that have them.")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
+    gradient_checkpointing_kwargs: dict[str, Any] = Field(default={}, description="Its arguments.")
+    # output
+    output_dir: str = Field(
+        "./outputs", description="Folder for checkpoints, the final model and the logs, relative to the current folder."
+    )
+    save_strategy: Literal["steps", "epoch", "best", "no"] | None = Field(
+        None,
+        description="When to write checkpoints; default: steps when save_steps is given, else at the end of each epoch.",
+    )
+    save_steps: int | None = Field(None, ge=1, description="Optimizer steps between checkpoints.")
+    saves_per_epoch: int | None = Field(None, ge=1, description="Instead of save_steps.")
+    save_total_limit: int | None = Field(None, ge=1, description="Keep only the newest checkpoints.")
+    resume_from_checkpoint: str | None = Field(None, description="Folder of a checkpoint to go on from.")
+    auto_resume_from_checkpoints: bool = Field(
+        False, description="Go on from the newest complete checkpoint in output_dir, if there is one."
+    )
+    logging_steps: int = Field(1, ge=1, description="Optimizer steps between log lines.")
+    eval_steps: int | None = Field(None, ge=1, description="Optimizer steps between evaluations.")
+    samples_per_step: int = Field(8, ge=0, description="Completions per step written to samples.jsonl.")
+
+    _path: Path = PrivateAttr(default=Path("config.yaml"))
+
+    @field_validator("rl")
+    @classmethod
+    def only_grpo(cls, value: str) -> str:
+        return value
+
+    @field_validator("chat_template")
+    @classmethod
+    def templates_come_from_the_tokenizer(cls, value: str | None) -> str | None:
+        if value not in (None, "tokenizer_default"):
+            raise ValueError(
+                f"rlx ships no template named {value!r}; remove the key to use the tokenizer's own, or give the text in chat_template_jinja"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def save_either_by_steps_or_per_epoch(self) -> Config:
+        if self.save_steps is not None and self.saves_per_epoch is not None:
+            raise ValueError("save_steps and saves_per_epoch are both given; keep one")
+        return self
+
+    @model_validator(mode="after")
+    def held_out_prompts_come_from_one_place(self) -> Config:
+        if self.test_datasets and self.val_set_size:
+            raise ValueError("test_datasets and val_set_size are both given; keep one")
+        if self.eval_steps is not None and not (self.test_datasets or self.val_set_size):
+            raise ValueError("eval_steps needs test_datasets or val_set_size")
+        return self
+
+    @model_validator(mode="after")
+    def completion_fits_the_sequence(self) -> Config:
+        if self.sequence_len is not None and self.sequence_len <= self.trl.max_completion_length:
+            raise ValueError(
+                f"sequence_len ({self.sequence_len}) leaves no room for a prompt beside trl.max_completion_length "
+                f"({self.trl.max_completion_length}); raise the first or lower the second"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def engine_holds_prompt_and_completion(self) -> Config:
+        need = self.max_prompt_length + self.trl.max_completion_length
+        if self.vllm.max_model_len is not None and self.vllm.max_model_len < need:
+            raise ValueError(
+                f"vllm.max_model_len ({self.vllm.max_model_len}) is below max_prompt_length + max_completion_length ({need}); "
+                f"raise it, or lower trl.max_prompt_length to {self.vllm.max_model_len - self.trl.max_completion_length}"
+            )
+        return self
+
+    @property
+    def path(self) -> Path:
+        """The YAML file, absolute."""
+        return self._path
+
+    @property
+    def base_dir(self) -> Path:
+        """The folder of the YAML: dotted names and relative files are looked up here first."""
+        return self._path.parent
+
+    @property
+    def max_prompt_length(self) -> int:
+        if self.trl.max_prompt_length is not None:
+            return self.trl.max_prompt_length
+        return self.sequence_len - self.trl.max_completion_length if self.sequence_len is not None else 512
+
+    @property
+    def max_model_len(self) -> int:
+        return self.vllm.max_model_len or self.max_prompt_length + self.trl.max_completion_length
+
+    @property
+    def base_url(self) -> str:
+        """Where the learner reaches the service."""
+        if self.trl.vllm_server_base_url:
+            return self.trl.vllm_server_base_url.rstrip("/")
+        host = self.trl.vllm_server_host or self.vllm.host
+        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)
+        return f"http://{host}:{self.trl.vllm_server_port or self.vllm.port}"
+
+    def local(self, name: str) -> str:
+        """`name` as an absolute path when it is a file or folder next to the YAML or in the current folder, else unchanged."""
+        for candidate in (self.base_dir / Path(name).expanduser(), Path(name).expanduser().absolute()):
+            if candidate.exists():
+                return str(candidate.resolve())
+        return name
+
+    @property
+    def attention(self) -> str | None:
+        return self.attn_implementation or (
+            "flash_attention_2" if self.flash_attention else "sdpa" if self.sdp_attention else None
+        )

@@ -1,0 +1,259 @@
+"""The sections of the YAML below the top level. Each key's meaning, default and unit stand on its field only."""
+
+from __future__ import annotations
+
+import ipaddress
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def _loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+class TrlSection(Section):
+    """`trl:` names and meanings are TRL's GRPOConfig, as Axolotl's users write them."""
+
+    # rewards
+    reward_funcs: list[str] = Field(
+        default=[],
+        description="Reward functions by dotted name: `{file}.{fn}` next to the YAML, or installed (`rlx.rewards.math`).",
+    )
+    reward_weights: list[float] | None = Field(None, description="One weight per reward function; default 1.0 each.")
+    # generation
+    num_generations: int = Field(8, ge=2, description="Completions per prompt, the size G of a group.")
+    num_generations_eval: int = Field(1, ge=1, description="Completions per prompt in an evaluation.")
+    generation_batch_size: int | None = Field(
+        None,
+        ge=2,
+        description="Completions per optimizer step over all processes. Default: micro_batch_size × gradient_accumulation_steps × processes, raised to whole groups.",
+    )
+    max_prompt_length: int | None = Field(
+        None,
+        ge=1,
+        description="Tokens. Longer prompts are left out at load and counted. Default: sequence_len − max_completion_length when sequence_len is given, else 512.",
+    )
+    max_completion_length: int = Field(512, ge=1, description="Tokens a completion may have.")
+    temperature: float = Field(
+        1.0, gt=0, description="Sampling temperature; log-probabilities are of the tempered distribution on both sides."
+    )
+    top_p: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Nucleus sampling. Below 1 the sampled distribution is not the trained one: `rlx check` warns.",
+    )
+    top_k: int = Field(0, ge=-1, description="Keep the k likeliest tokens; 0 or -1 is off. `rlx check` warns when on.")
+    min_p: float | None = Field(
+        None, ge=0, le=1, description="Minimum token probability relative to the likeliest; off by default."
+    )
+    repetition_penalty: float = Field(1.0, gt=0, description="1.0 is off.")
+    generation_kwargs: dict[str, Any] = Field(
+        default={}, description="More fields of vLLM's SamplingParams, for example `stop`."
+    )
+    chat_template_kwargs: dict[str, Any] = Field(default={}, description="Given to the tokenizer's chat template.")
+    vllm_structured_outputs_regex: str | None = Field(
+        None, description="Completions must match this regular expression."
+    )
+    vllm_guided_decoding_regex: str | None = Field(None, description="Older name of vllm_structured_outputs_regex.")
+    # loss
+    loss_type: Literal["grpo", "dr_grpo", "dapo"] = Field(
+        "dapo",
+        description="How token losses are averaged: grpo (per sequence), dr_grpo (by max_completion_length), dapo (by all tokens of the step).",
+    )
+    beta: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of the KL term (k3 estimator) against the initial model; 0 loads no reference model.",
+    )
+    use_bias_correction_kl: bool = Field(
+        True, description="Multiply the KL estimate by the importance ratio, as TRL does."
+    )
+    epsilon: float = Field(0.2, ge=0, description="Lower clip range of the ratio (and upper, unless epsilon_high).")
+    epsilon_high: float | None = Field(None, ge=0, description="Upper clip range; DAPO recommends 0.28.")
+    delta: float | None = Field(
+        None, gt=1, description="Two-sided clipping: upper bound of the ratio when the advantage is negative."
+    )
+    num_iterations: Literal[1] = Field(1, description="Passes over each batch of rollouts; rlx supports 1.")
+    importance_sampling_level: Literal["token"] = Field("token", description="rlx supports token.")
+    multi_objective_aggregation: Literal["sum_then_normalize"] = Field(
+        "sum_then_normalize", description="How several rewards are combined; rlx supports sum_then_normalize."
+    )
+    scale_rewards: Literal["group", "batch", "none"] = Field(
+        "group",
+        description="What the centred reward is divided by: the group's or the batch's standard deviation, or nothing. true means group, false none.",
+    )
+    mask_truncated_completions: bool = Field(
+        False, description="Leave completions that hit max_completion_length out of the loss."
+    )
+    disable_dropout: bool = Field(
+        True, description="Set every dropout to 0, so that the learner's log-probabilities are the policy's."
+    )
+    vllm_importance_sampling_correction: bool = Field(
+        True,
+        description="Weigh each token by p(learner)/p(worker), truncated: corrects the small mismatch between vLLM and the learner.",
+    )
+    vllm_importance_sampling_mode: Literal["token_truncate"] = Field(
+        "token_truncate", description="rlx supports token_truncate (TRL's default is sequence_mask)."
+    )
+    vllm_importance_sampling_clip_max: float | None = Field(3.0, gt=0, description="Upper bound of that weight.")
+    vllm_importance_sampling_clip_min: float | None = Field(None, ge=0, description="Lower bound of that weight.")
+    vllm_importance_sampling_cap: float | None = Field(
+        None, gt=0, description="Older name of vllm_importance_sampling_clip_max."
+    )
+    # data and logging
+    shuffle_dataset: bool = Field(True, description="Draw the prompts of each epoch in a seeded random order.")
+    log_completions: bool = Field(False, description="Print some completions in the terminal at every logging step.")
+    num_completions_to_print: int = Field(2, ge=0, description="How many of them.")
+    # the service, as the learner sees it
+    use_vllm: Literal[True] = Field(True, description="Always true: rlx generates with vLLM.")
+    vllm_mode: Literal["server"] = Field("server", description="Always server.")
+    vllm_server_host: str | None = Field(
+        None, description="Where the learner finds the service; default vllm.host. 0.0.0.0 means this machine."
+    )
+    vllm_server_port: int | None = Field(None, ge=1, le=65535, description="Default vllm.port.")
+    vllm_server_base_url: str | None = Field(
+        None, description="Instead of host and port, for example http://10.0.0.5:8000."
+    )
+    vllm_server_timeout: float = Field(240.0, gt=0, description="Seconds to wait for the service to be up.")
+
+    @field_validator("scale_rewards", mode="before")
+    @classmethod
+    def booleans_mean_group_or_none(cls, value: Any) -> Any:
+        return {True: "group", False: "none"}.get(value, value) if isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def one_weight_per_reward(self) -> TrlSection:
+        if self.reward_weights is not None and len(self.reward_weights) != len(self.reward_funcs):
+            raise ValueError(
+                f"reward_weights has {len(self.reward_weights)} values for {len(self.reward_funcs)} reward_funcs; write one per function"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def old_and_new_names_do_not_disagree(self) -> TrlSection:
+        regex = self.vllm_structured_outputs_regex, self.vllm_guided_decoding_regex
+        if None not in regex and regex[0] != regex[1]:
+            raise ValueError(
+                "vllm_guided_decoding_regex is the old name of vllm_structured_outputs_regex; keep the new one"
+            )
+        return self
+
+    @property
+    def regex(self) -> str | None:
+        return self.vllm_structured_outputs_regex or self.vllm_guided_decoding_regex
+
+    @property
+    def is_clip_max(self) -> float | None:
+        return self.vllm_importance_sampling_cap or self.vllm_importance_sampling_clip_max
+
+
+class VllmSection(Section):
+    """`vllm:` the rollout workers and the address they are reached at."""
+
+    host: str = Field(
+        "127.0.0.1",
+        description="Address that the service listens on. Anything but loopback needs the environment variable RLX_TOKEN.",
+    )
+    port: int = Field(8000, ge=1, le=65535, description="Port that the service listens on.")
+    tensor_parallel_size: int = Field(1, ge=1, description="GPUs per engine.")
+    data_parallel_size: int = Field(1, ge=1, description="Engines, each a Ray actor of its own.")
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="Share of each GPU's memory that vLLM may take.")
+    dtype: Literal["auto", "bfloat16", "float16", "float32", "half", "float"] = Field(
+        "auto", description="Type of the weights in the engine."
+    )
+    max_model_len: int | None = Field(
+        None,
+        ge=2,
+        description="Tokens of prompt and completion together. Default: max_prompt_length + max_completion_length.",
+    )
+    enable_prefix_caching: bool = Field(
+        True, description="Reuse the keys and values of shared prompt prefixes; cleared at every weight update."
+    )
+    enforce_eager: bool | None = Field(
+        None, description="No CUDA graphs and no compilation. Default: true without a GPU."
+    )
+    max_num_seqs: int = Field(256, ge=1, description="Completions that one engine generates at a time.")
+    cpu_kv_cache_gib: float = Field(1.0, gt=0, description="GiB of key-value cache per engine where there is no GPU.")
+    start_timeout: float = Field(600.0, gt=0, description="Seconds that an engine may take to load.")
+
+    @property
+    def needs_token(self) -> bool:
+        return not _loopback(self.host)
+
+
+class DatasetSection(Section):
+    """One entry of `datasets:` or `test_datasets:`."""
+
+    path: str | None = Field(
+        None, description="Hub id, local file, or local folder. May be left out when data_files is given."
+    )
+    name: str | None = Field(None, description="Configuration of a hub data set, for example main.")
+    split: str = Field("train", description="Split to load; slices such as train[:100] work.")
+    type: str | None = Field(
+        None,
+        description="Dotted name of a transform `fn(cfg, ...) -> transform_fn | (transform_fn, map_kwargs)`. Without it the rows must have a `prompt`.",
+    )
+    ds_type: Literal["json", "csv", "parquet", "arrow", "text"] | None = Field(
+        None, description="Format of local files; default by their suffix."
+    )
+    data_files: str | list[str] | None = Field(None, description="Local files, relative to the YAML.")
+    revision: str | None = Field(None, description="Revision of a hub data set.")
+    trust_remote_code: Literal[False] = Field(False, description="`datasets` no longer runs code from the hub.")
+
+    @model_validator(mode="after")
+    def path_or_files(self) -> DatasetSection:
+        if self.path is None and self.data_files is None:
+            raise ValueError("give `path` (hub id, file or folder) or `data_files`")
+        return self
+
+
+class ServiceSection(Section):
+    """`service:` deadlines of the rollout service. rlx's own."""
+
+    group_timeout: float = Field(
+        300.0, gt=0, description="Seconds that one group may take, from its arrival to its rewards."
+    )
+    publish_timeout: float = Field(120.0, gt=0, description="Seconds that every worker has to take new weights.")
+    probe_interval: float = Field(
+        5.0, gt=0, description="Seconds without a token after which a worker is asked for one."
+    )
+    probe_timeout: float = Field(60.0, gt=0, description="Seconds without a token after which a worker counts as down.")
+    drain_timeout: float = Field(
+        20.0, gt=0, description="Seconds that running groups get to finish when the service stops."
+    )
+
+
+class RewardsSection(Section):
+    """`rewards:` how reward functions are run. rlx's own."""
+
+    timeout: float = Field(
+        30.0,
+        gt=0,
+        description="Seconds that one call of a reward function may take; then its process is killed and the run stops with its name.",
+    )
+
+
+class ClusterSection(Section):
+    """`cluster:` the Ray cluster. rlx's own. RAY_ADDRESS joins a running one instead of starting one."""
+
+    dashboard: bool = Field(True, description="Serve the Ray dashboard.")
+    dashboard_host: Literal["127.0.0.1", "localhost"] = Field(
+        "127.0.0.1", description="Loopback only: Ray's job API runs commands for anybody who reaches it."
+    )
+    dashboard_port: int = Field(
+        8265, ge=1, le=65535, description="First port to try; the next free one is taken and printed."
+    )
+    object_store_mib: int = Field(
+        512, ge=80, description="MiB of shared memory for Ray's object store when rlx starts Ray."
+    )

@@ -1,0 +1,74 @@
+"""What the service needs of its parts: rollout workers and a scorer, wherever they run.
+
+`cluster/` implements both over Ray; tests use local ones around the fake engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from rlx.wire import Completion, GroupRequest, RewardOutcome, Sampling, WeightManifest
+
+
+@dataclass(frozen=True)
+class WorkerStatus:
+    """`state`: loading, ready or down; `cause` says why it is down. `token_age_s`: seconds since it generated a token."""
+
+    name: str
+    state: str
+    weight_version: int
+    token_age_s: float
+    in_flight: int
+    node: str = ""
+    pid: int = 0
+    cause: str = ""
+
+
+class Worker(Protocol):
+    """A rollout worker: an `rlx.rollout.engine.Engine` behind a name, possibly in another process or on another node.
+
+    A worker that died raises ServiceUnavailable with its name from every method.
+    """
+
+    name: str
+
+    async def start(self) -> None: ...
+
+    async def status(self) -> WorkerStatus: ...
+
+    async def generate(
+        self, request_id: str, prompt_ids: np.ndarray, n: int, sampling: Sampling
+    ) -> list[Completion]: ...
+
+    async def prompt_logprobs(self, ids: np.ndarray) -> np.ndarray: ...
+
+    async def announce(self, manifest: WeightManifest) -> None: ...
+
+    async def commit(self, manifest: WeightManifest, path: str) -> str:
+        """Take the weights in the safetensors file `path` on the gateway's node; returns the fingerprint received."""
+
+    async def openai(self, route: str, body: dict[str, Any]) -> dict[str, Any] | AsyncIterator[str]: ...
+
+    async def close(self) -> None: ...
+
+
+class Scorer(Protocol):
+    """Runs every reward function on one whole group."""
+
+    async def start(self) -> None:
+        """Resolve and load every reward function; UserCodeError with the config key when one does not load."""
+
+    async def score(
+        self, request: GroupRequest, completions: list[Completion]
+    ) -> tuple[list[RewardOutcome], dict[str, float]]:
+        """Outcomes in the order of `trl.reward_funcs`, and what the functions logged with `log_metric`.
+
+        Raises UserCodeError when a function breaks its contract, DeadlineExceeded when one does not answer in time
+        (its process is killed first).
+        """
+
+    async def close(self) -> None: ...
