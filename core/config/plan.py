@@ -1,6 +1,114 @@
+"""The arithmetic of a run: how many prompts, completions and tokens a step holds, and what that needs in memory.
+
+Batch sizes are solved, not rejected: an optimizer step always holds whole groups.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlx.config.schema import Config
+from rlx.errors import ConfigError
+
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
 class Plan:
-    pass
+    """One optimizer step in numbers. `notes` say what was changed or deserves a second look."""
+
+    num_processes: int
+    num_generations: int
+    completions_per_step: int
+    gradient_accumulation_steps: int
+    notes: tuple[str, ...]
+
+    @property
+    def prompts_per_step(self) -> int:
+        return self.completions_per_step // self.num_generations
+
+    def steps_per_epoch(self, num_prompts: int) -> int:
+        """The last, smaller batch of an epoch is filled up from its start, so no prompt is left out."""
+        return math.ceil(num_prompts / self.prompts_per_step)
+
+    def total_steps(self, config: Config, num_prompts: int) -> int:
+        return config.max_steps or math.ceil(config.num_epochs * self.steps_per_epoch(num_prompts))
 
 
-def make_plan():
-    pass
+def make_plan(config: Config, num_processes: int = 1) -> Plan:
+    """Solve the batch sizes for `num_processes` learner processes. Raises ConfigError when they cannot be."""
+    group, asked = config.trl.num_generations, config.gradient_accumulation_steps
+    per_pass = config.micro_batch_size * num_processes
+    notes = []
+    if config.trl.generation_batch_size is not None:
+        completions = config.trl.generation_batch_size
+        if completions % group:
+            low = completions // group * group
+            choices = " or ".join(str(n) for n in (low, low + group) if n)
+            raise ConfigError(
+                f"{config.path}: trl.generation_batch_size ({completions}) does not hold whole groups of "
+                f"trl.num_generations ({group}) completions. Write {choices}."
+            )
+        accumulation = math.ceil(completions / per_pass)
+    else:
+        whole = group // math.gcd(group, per_pass)
+        accumulation = math.ceil(asked / whole) * whole
+        completions = per_pass * accumulation
+    if accumulation != asked:
+        notes.append(
+            f"gradient_accumulation_steps is {accumulation} instead of {asked}, so that a step holds {completions // group} "
+            f"whole groups of {group} ({config.micro_batch_size} × {accumulation} × {num_processes} processes ≥ {completions} completions)"
+        )
+    return Plan(num_processes, group, completions, accumulation, (*notes, *_second_looks(config)))
+
+
+def _second_looks(config: Config) -> list[str]:
+    trl, notes = config.trl, []
+    narrowed = [
+        f"{name} {value}"
+        for name, value, off in (
+            ("top_p", trl.top_p, trl.top_p == 1),
+            ("top_k", trl.top_k, trl.top_k <= 0),
+            ("min_p", trl.min_p, not trl.min_p),
+            ("repetition_penalty", trl.repetition_penalty, trl.repetition_penalty == 1),
+        )
+        if not off
+    ]
+    if narrowed:
+        notes.append(
+            f"{', '.join(narrowed)}: the workers sample from another distribution than the learner trains; importance "
+            "ratios will be far from 1. Leave it out unless you mean it"
+        )
+    return notes
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """GiB per learner process and per engine, from the parameter count; activations are not included."""
+
+    parameters: int
+    learner_gib: float
+    engine_gib: float
+
+
+def estimate_memory(config: Config, parameters: int) -> MemoryEstimate:
+    """fp32 master weights, gradients and Adam's two moments (16 bytes each parameter), a reference model when
+    beta > 0 (4 more); the engine holds 2-byte weights. Logits of one micro-batch are counted in by the caller."""
+    learner = parameters * (16 + (4 if config.trl.beta else 0)) / _GIB
+    engine = parameters * (4 if config.vllm.dtype in ("float32", "float") else 2) / _GIB + config.vllm.cpu_kv_cache_gib
+    return MemoryEstimate(parameters, learner, engine)
+
+
+def count_parameters(folder: Path) -> int | None:
+    """Parameters of a local model, read from the headers of its safetensors files; None when there are none."""
+    total = 0
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            (size,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(size))
+        total += sum(math.prod(t["shape"]) for name, t in header.items() if name != "__metadata__")
+    return total or None

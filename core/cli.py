@@ -1,0 +1,136 @@
+"""The command line. Nothing heavy is imported before the configuration is validated."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rlx import __version__
+from rlx.config import Config, load_config, parse_overrides
+from rlx.errors import RlxError
+
+_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
+_EPILOG = "Any key of the YAML can be given here too: --trl.beta 0.01 --vllm.port 8001 --learning_rate 1e-5"
+
+app = typer.Typer(
+    help="GRPO with vLLM rollout workers on Ray and a separate learner, from one YAML.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML of the run.")]
+Processes = Annotated[int, typer.Option("--num-processes", "-n", min=1, help="Learner processes, one per GPU.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Same as `rlx check`: validate everything, start nothing.")]
+
+
+@app.callback(invoke_without_command=True)
+def options(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        typer.echo(f"rlx {__version__}")
+        raise typer.Exit
+
+
+@app.command(context_settings=_OVERRIDES, epilog=_EPILOG)
+def check(context: typer.Context, config: ConfigPath, num_processes: Processes = 1) -> None:
+    """Validate keys, batch arithmetic, devices, data, rewards and transforms; print the plan. Loads no model."""
+    loaded = _load(config, context.args)
+    from rlx.cluster.check import check_main
+
+    raise typer.Exit(_guarded(lambda: check_main(loaded, num_processes)))
+
+
+@app.command("vllm-serve", context_settings=_OVERRIDES, epilog=_EPILOG)
+def vllm_serve(context: typer.Context, config: ConfigPath, dry_run: DryRun = False) -> None:
+    """Start the rollout service: Ray, the vLLM workers, the reward processes and the HTTP gateway."""
+    loaded = _load(config, _serve_options(context.args))
+    if dry_run:
+        from rlx.cluster.check import check_main
+
+        raise typer.Exit(_guarded(lambda: check_main(loaded, 1)))
+    from rlx.cluster.serve import serve_main
+
+    raise typer.Exit(_guarded(lambda: serve_main(loaded)))
+
+
+@app.command(context_settings=_OVERRIDES, epilog=_EPILOG)
+def train(
+    context: typer.Context,
+    config: ConfigPath,
+    num_processes: Processes = 1,
+    dry_run: DryRun = False,
+) -> None:
+    """Start the learner. It waits for the service of `rlx vllm-serve CONFIG` and trains."""
+    loaded = _load(config, context.args)
+    if dry_run:
+        from rlx.cluster.check import check_main
+
+        raise typer.Exit(_guarded(lambda: check_main(loaded, num_processes)))
+    from rlx.learner.launch import train_main
+
+    raise typer.Exit(_guarded(lambda: train_main(loaded, context.args, num_processes)))
+
+
+@app.command(context_settings=_OVERRIDES, epilog=_EPILOG)
+def run(context: typer.Context, config: ConfigPath, num_processes: Processes = 1, dry_run: DryRun = False) -> None:
+    """Service and learner in one terminal: start the service, wait for it, train, stop it."""
+    loaded = _load(config, context.args)
+    if dry_run:
+        from rlx.cluster.check import check_main
+
+        raise typer.Exit(_guarded(lambda: check_main(loaded, num_processes)))
+    from rlx.cluster.run import run_main
+
+    raise typer.Exit(_guarded(lambda: run_main(loaded, context.args, num_processes)))
+
+
+def _serve_options(arguments: list[str]) -> list[str]:
+    """Axolotl's `vllm-serve --port 8001` means `--vllm.port 8001`."""
+    short = ("host", "port", "tensor-parallel-size", "data-parallel-size", "gpu-memory-utilization", "dtype",
+             "max-model-len", "enable-prefix-caching")  # fmt: skip
+    renamed = []
+    for argument in arguments:
+        name = argument[2:].partition("=")[0].replace("_", "-")
+        renamed.append(f"--vllm.{argument[2:]}" if argument.startswith("--") and name in short else argument)
+    return renamed
+
+
+def _load(path: Path, arguments: list[str]) -> Config:
+    try:
+        return load_config(path, parse_overrides(arguments))
+    except RlxError as error:
+        _fail(error)
+        raise typer.Exit(error.exit_code) from None
+
+
+def _guarded(body: Callable[[], int]) -> int:
+    try:
+        return body()
+    except RlxError as error:
+        _fail(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+
+
+def _fail(error: RlxError) -> None:
+    typer.echo(f"{_mark()}{error}", err=True)
+
+
+def _mark() -> str:
+    return "\x1b[31merror:\x1b[0m " if sys.stderr.isatty() and "NO_COLOR" not in os.environ else "error: "
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """The `rlx` command."""
+    return app(args=arguments, prog_name="rlx")
+
+
+if __name__ == "__main__":
+    main()
