@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,7 +64,7 @@ class MicroBatch:
     """The least `col_T`: logits are needed from this column on"""
 
     def to(self, device: torch.device | str) -> MicroBatch:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         return MicroBatch(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in values.items()})
 
 
@@ -70,8 +72,8 @@ def split(samples: Sequence[Sample], world_size: int, micro_batches: int) -> lis
     """`result[rank][i]`: micro-batch i of a rank. Every sample lands in exactly one; all have the same number of
     samples, or differ by one where B does not divide.
 
-    Longest first, neighbours in length together, so that padding is small and a too long batch shows at once; the
-    order of the ranks turns round after each micro-batch, so that none gets the longer ones throughout.
+    Neighbours in length share a micro-batch, so that padding is small. The longest micro-batches go first, each to the
+    rank that has the fewest padded tokens so far, so that the ranks end together and a too long batch shows at once.
     """
     num_slots = world_size * micro_batches
     if len(samples) < num_slots:
@@ -79,13 +81,20 @@ def split(samples: Sequence[Sample], world_size: int, micro_batches: int) -> lis
             f"{len(samples)} samples cannot fill {micro_batches} micro-batches on {world_size} processes: "
             f"lower gradient_accumulation_steps or generate at least {num_slots} completions per step"
         )
-    by_length = sorted(samples, key=lambda s: -(len(s.prompt_ids) + s.num_trained))
+    by_length = sorted(samples, key=_num_tokens, reverse=True)
     bounds = [len(samples) * i // num_slots for i in range(num_slots + 1)]
     ranks: list[list[list[Sample]]] = [[] for _ in range(world_size)]
-    for slot, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
-        turn, place = divmod(slot, world_size)
-        ranks[place if turn % 2 == 0 else world_size - 1 - place].append(by_length[start:stop])
+    padded_tokens = [0] * world_size
+    for start, stop in pairwise(bounds):
+        part = by_length[start:stop]
+        rank = min((r for r in range(world_size) if len(ranks[r]) < micro_batches), key=lambda r: padded_tokens[r])
+        ranks[rank].append(part)
+        padded_tokens[rank] += len(part) * _num_tokens(part[0])
     return ranks
+
+
+def _num_tokens(sample: Sample) -> int:
+    return len(sample.prompt_ids) + sample.num_trained
 
 
 def collate(samples: Sequence[Sample]) -> MicroBatch:

@@ -1,4 +1,4 @@
-"""The policy loss: Σ_t w_t · ℓ_t over the trained tokens of a whole optimizer step.
+"""The policy loss: Σ_t w_t · loss_t over the trained tokens of a whole optimizer step.
 
 The token weights w depend on nothing but the completion lengths of that step, so they are known before the first
 forward (`token_weights`) and the sum can be cut into micro-batches and ranks anywhere (`policy_loss`).
@@ -100,7 +100,8 @@ def token_weights(
     - dr_grpo: 1 / (B · max_completion_length), which favours no length (Dr. GRPO, arXiv 2503.20783)
     - dapo: 1 / Σ L, every token alike (DAPO, arXiv 2503.14476)
 
-    `completion_lengths` int [B], in tokens. A sequence in `masked`, bool [B], weighs 0: B still counts it, Σ L does not.
+    `completion_lengths` int [B], in tokens. A sequence in `masked` bool [B] weighs 0; B still
+    counts it, Σ L does not.
     """
     lengths_B = completion_lengths.double()
     if masked is not None:
@@ -127,11 +128,11 @@ def policy_loss(
     options: LossOptions,
     entropies_T: Tensor | None = None,
 ) -> LossOutput:
-    """Σ_t w_t · (ρ · -min(r·A, clip(r)·A) + beta · KL) over the tokens given; T = 0 gives 0, with a graph.
+    """Σ_t w_t · (c · -min(r·A, clip(r)·A) + beta · KL) over the tokens given; T = 0 gives 0, with a graph.
 
     r = π/π_old, clipped, and KL to the reference: GRPO (arXiv 2402.03300, eq. 3), with DAPO's upper bound of its own.
     `old_logprobs_T` None means that π_old is the present policy; `ref_logprobs_T` is needed when beta is not 0.
-    ρ = π_old/π_sampler, truncated: see `importance_ratio`; `sampling_logprobs_T` is needed for it, and otherwise only
+    c = π_old/π_sampler, truncated: see `importance_ratio`; `sampling_logprobs_T` is needed for it, and otherwise only
     measured. Add up the losses of all micro-batches; where gradients are averaged over ranks (DDP), multiply by the
     number of ranks. `entropies_T` is for the metrics only.
     """
@@ -184,7 +185,7 @@ def kl_k3(logprobs_T: Tensor, ref_logprobs_T: Tensor) -> Tensor:
 
 
 def importance_ratio(old_logprobs_T: Tensor, sampling_logprobs_T: Tensor, options: LossOptions) -> Tensor:
-    """ρ = min(π_old/π_sampler, clip_max) [T] for each token, without gradient; 1 where the sampler gave NaN.
+    """c = min(π_old/π_sampler, clip_max) [T] for each token, without gradient; 1 where the sampler gave NaN.
 
     It corrects for a sampler whose numerics (or weights) differ from the trainer's: truncated importance sampling, in
     the note "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training" (Yao et al., 2025).
