@@ -6,9 +6,10 @@ Shapes: B sequences, S tokens of the longest, T trained tokens, V vocabulary, C 
 from __future__ import annotations
 
 import torch
-from rlx.learner.batching import MicroBatch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from rlx.learner.batching import MicroBatch
 
 _CHUNK_ELEMENTS = 2**25
 """Logits that are held in float32 at once: 128 MiB. More are taken in chunks, and again in the backward."""

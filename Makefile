@@ -1,0 +1,40 @@
+# make quickstart | test | check | install        Needs Python 3.11 and make, nothing else.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+TORCH := 2.13.0
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: quickstart install test test-fast check docs clean
+
+quickstart: install
+	@$(BIN)/python examples/quickstart/quickstart.py
+
+install: .venv/installed
+
+.venv/installed: requirements/cpu.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v == (3, 11) else f"rlx needs Python 3.11; {sys.executable} is {v[0]}.{v[1]}. Type: make PYTHON=/path/to/python3.11")'
+	@echo "installing pinned dependencies into .venv (about 1 GB, a few minutes)"
+	@$(PYTHON) -m venv .venv
+	@$(PIP) install -q --no-deps torch==$(TORCH)+cpu || $(PIP) install -q --no-deps --index-url https://download.pytorch.org/whl/cpu torch==$(TORCH)
+	@$(PIP) install -q --no-deps -r requirements/cpu.txt
+	@$(PIP) install -q --no-deps --no-build-isolation -e .
+	@touch .venv/installed
+
+test: install
+	@$(BIN)/python -m pytest
+
+test-fast: install
+	@$(BIN)/python -m pytest -m "not vllm and not slow"
+
+check: install
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/lint-imports
+	@$(BIN)/mypy
+
+docs: install
+	@$(BIN)/python -m rlx.config.reference
+
+clean:
+	rm -rf .venv build *.egg-info

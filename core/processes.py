@@ -1,0 +1,96 @@
+"""Processes and ports of this machine (Linux): what the commands need to start things and to leave nothing behind."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+from rlx.errors import ServiceError
+
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None, use_errno=True)  # loaded here: a `preexec_fn` must not import anything
+
+
+def die_with_parent(signal_number: int = signal.SIGKILL) -> None:
+    """Have the kernel send this process `signal_number` when its parent ends. Usable as a `preexec_fn`.
+
+    The parent is the thread that forked: start such children from the main thread.
+    """
+    if _libc.prctl(_PR_SET_PDEATHSIG, int(signal_number)) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+
+
+def free_port(host: str, first: int, tries: int = 100) -> int:
+    """The first port from `first` on that nobody listens on at `host`."""
+    last = min(first + tries, 65536)
+    for port in range(first, last):
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+            except OSError:
+                continue
+            return port
+    raise ServiceError(f"no port of {host} is free from {first} to {last - 1}")
+
+
+def descendants(*roots: int) -> dict[int, int]:
+    """Every process below `roots`, as {pid: start time in clock ticks}; the pair names a process for good.
+
+    Zombies are left out: they hold nothing.
+    """
+    parents: dict[int, int] = {}
+    starts: dict[int, int] = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit() and (stat := _stat(int(entry))) is not None:
+            parents[int(entry)], starts[int(entry)] = stat
+    found: dict[int, int] = {}
+    level = set(roots)
+    while level:
+        level = {pid for pid, parent in parents.items() if parent in level and pid not in found}
+        found |= {pid: starts[pid] for pid in level}
+    return found
+
+
+def alive(pid: int, start: int) -> bool:
+    """Whether the process that `descendants` named still runs."""
+    stat = _stat(pid)
+    return stat is not None and stat[1] == start
+
+
+def end_processes(processes: dict[int, int], grace_s: float) -> None:
+    """Wait `grace_s` seconds for `processes` (as `descendants` names them) to end by themselves, then kill the rest."""
+    deadline = time.monotonic() + grace_s
+    while (left := [pid for pid, start in processes.items() if alive(pid, start)]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for pid in left:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+def stop_process(process: subprocess.Popen[bytes], grace_s: float) -> int:
+    """Ask a child to stop with SIGTERM, kill it after `grace_s` seconds; returns its exit status."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(grace_s)
+        except subprocess.TimeoutExpired:
+            process.kill()
+    return process.wait()
+
+
+def _stat(pid: int) -> tuple[int, int] | None:
+    """Parent and start time of a process that is not a zombie."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    state, parent, *rest = text[text.rindex(")") + 2 :].split()
+    return None if state in "ZX" else (int(parent), int(rest[17]))

@@ -1,0 +1,174 @@
+"""One learner process: `python -m rlx.learner.main NUM_PROCESSES CONFIG [overrides]`, started by `launch.py`.
+
+data → service is up → model → Trainer on the stream → final publish, evaluation, model
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import datasets
+import torch
+import torch.distributed as dist
+import transformers
+from rich.console import Console
+
+from rlx.config import Config, load_config, make_plan, parse_overrides
+from rlx.errors import RlxError
+from rlx.learner.checkpoints import find_resume_point, save_final
+from rlx.learner.data import Prompt, load_prompts
+from rlx.learner.model import load_model, load_tokenizer, rollout_dtype
+from rlx.learner.progress import ProgressReport
+from rlx.learner.publish import Publisher
+from rlx.learner.ranks import Ranks
+from rlx.learner.report import RunFiles, evaluation_table, print_samples
+from rlx.learner.rollouts import Evaluation, Rollouts
+from rlx.learner.stream import RolloutStream, StepBatch
+from rlx.learner.trainer import GRPOTrainer, StepClock, training_arguments
+from rlx.processes import die_with_parent
+from rlx.rollout.auth import service_token
+from rlx.rollout.client import RolloutClient
+from rlx.wire import GroupResult
+
+
+def train(config: Config, num_processes: int) -> None:
+    """Train to the end. Raises RlxError; every rank runs this."""
+    plan = make_plan(config, num_processes)
+    is_first = int(os.environ.get("RANK", "0")) == 0
+    console = Console(quiet=not is_first, stderr=False)
+    _quiet_libraries(is_first)
+
+    resume = find_resume_point(config)
+    tokenizer = load_tokenizer(config)
+    train_set, test_set = load_prompts(config, tokenizer)
+    for note in plan.notes:
+        console.print(f"note: {note}", highlight=False, markup=False)
+    total_steps = plan.total_steps(config, len(train_set.prompts))
+    steps_per_epoch = plan.steps_per_epoch(len(train_set.prompts))
+    dropped = (
+        f" ({train_set.too_long} longer than {config.max_prompt_length} tokens left out)" if train_set.too_long else ""
+    )
+    console.print(
+        f"{len(train_set.prompts)} prompts{dropped}, {plan.prompts_per_step} × {plan.num_generations} completions a step, "
+        f"{total_steps} steps, {num_processes} process{'es' if num_processes > 1 else ''}",
+        highlight=False, markup=False,
+    )  # fmt: skip
+
+    client = _connect(config, console) if is_first else None
+    model = load_model(config)
+    reference = load_model(config) if config.trl.beta > 0 else None
+    arguments = training_arguments(config, plan, total_steps, steps_per_epoch)
+    _ = arguments.device  # the library sets up the process group here
+    ranks = Ranks(arguments.ddp_timeout)
+
+    rollouts, files, progress = None, None, None
+    if client is not None:
+        files = RunFiles(Path(config.output_dir), resume.step if resume else 0)
+        progress = ProgressReport(console, files)
+        publisher = Publisher(client, rollout_dtype(config), resume.weight_version if resume else 0)
+        recorder = _Recorder(console, files)
+        held_out = test_set.prompts if test_set else []
+        rollouts = Rollouts(config, client, publisher, model, held_out, recorder.evaluation)
+
+    def no_fetch(step: int, prompts: list[Prompt]) -> tuple[list[GroupResult], dict[str, float]]:
+        raise AssertionError("only rank 0 talks to the service")
+
+    def make_stream(trainer: GRPOTrainer) -> RolloutStream:
+        def on_step(batch: StepBatch) -> None:
+            trainer.begin_step(batch)
+            if files is not None:
+                files.samples(batch, config.samples_per_step)
+                if config.trl.log_completions and batch.step % config.logging_steps == 0:
+                    print_samples(console, batch, config.trl.num_completions_to_print)
+
+        fetch = rollouts.fetch if rollouts else no_fetch
+        return RolloutStream(
+            config, plan, ranks, train_set.prompts, lambda: trainer.state.global_step, total_steps, fetch, on_step
+        )
+
+    clock = StepClock(steps_per_epoch)
+    trainer = GRPOTrainer(
+        config, ranks, arguments, model, reference, tokenizer, make_stream,
+        weight_version=lambda: publisher.version or 0 if client else 0,
+        callbacks=[clock, *([progress] if progress else [])],
+    )  # fmt: skip
+    trainer.remove_callback(transformers.PrinterCallback)
+    clock.trainer = trainer
+    try:
+        trainer.train(resume_from_checkpoint=str(resume.folder) if resume else None)
+        if rollouts is not None and files is not None:
+            rollouts.publish()
+            rollouts.evaluate(total_steps)
+            _finish(config, console, files, trainer)
+        ranks.barrier()
+    finally:
+        if progress is not None:
+            progress.stop()
+        if client is not None:
+            client.close()
+
+
+class _Recorder:
+    def __init__(self, console: Console, files: RunFiles):
+        self._console, self._files = console, files
+
+    def evaluation(self, result: Evaluation, prompts: list[Prompt], groups: list[GroupResult]) -> None:
+        self._files.evaluation(result, prompts, groups)
+        rewards = "  ".join(f"{name} {value:.3f}" for name, value in result.rewards.items())
+        self._console.print(
+            f"evaluation after step {result.step}: {rewards}  ({result.num_prompts} held-out prompts, weight version "
+            f"{result.weight_version}, {result.seconds:.1f} s)", highlight=False, markup=False,
+        )  # fmt: skip
+
+
+def _connect(config: Config, console: Console) -> RolloutClient:
+    client = RolloutClient.for_config(config, service_token())
+
+    def waiting(message: str) -> None:
+        console.print(message, highlight=False, markup=False)
+
+    client.wait_until_ready(config.trl.vllm_server_timeout, waiting)
+    return client
+
+
+def _finish(config: Config, console: Console, files: RunFiles, trainer: GRPOTrainer) -> None:
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    save_final(model, trainer.processing_class, rollout_dtype(config), files.output_dir)
+    curve = files.learning_curve()
+    if files.evaluations:
+        console.print(evaluation_table(files.evaluations))
+    console.print(
+        f"model: {files.output_dir}\ncurve: {curve}\nsamples: {files.output_dir / 'samples.jsonl'}", highlight=False
+    )
+
+
+def _quiet_libraries(is_first: bool) -> None:
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    if not is_first:
+        warnings.simplefilter("ignore")
+
+
+def main() -> int:
+    die_with_parent()
+    num_processes, path, overrides = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    try:
+        train(load_config(path, parse_overrides(overrides)), num_processes)
+    except RlxError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""The terminal: a progress bar on a TTY, one line per log otherwise."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+from rlx.learner.report import RunFiles
+
+
+class ProgressReport(TrainerCallback):
+    """Shows and records what the trainer logs; on rank 0 only."""
+
+    def __init__(self, console: Console, files: RunFiles):
+        self._console, self._files = console, files
+        self._bar: Progress | None = None
+        self._began, self._began_at = time.perf_counter(), 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._began, self._began_at = time.perf_counter(), state.global_step
+        if self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("training"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
+                TimeRemainingColumn(), TextColumn("{task.fields[line]}"), console=self._console,
+            )  # fmt: skip
+            self._bar.add_task("training", total=state.max_steps, completed=state.global_step, line="")
+            self._bar.start()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if not logs or "loss" not in logs:
+            return
+        self._files.metrics(state.global_step, logs)
+        line = summary(logs)
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=state.global_step, line=line)
+        else:
+            done = state.global_step - self._began_at
+            left = (time.perf_counter() - self._began) / max(done, 1) * (state.max_steps - state.global_step)
+            self._console.print(
+                f"step {state.global_step}/{state.max_steps}  {line}  left {_clock(left)}",
+                highlight=False,
+                markup=False,
+            )
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Give the terminal back; also called when training fails."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def summary(logs: dict[str, float]) -> str:
+    """reward, KL, length, and the split of the step's time, in one line."""
+    parts = [f"reward {logs['reward']:.3f}", f"len {logs['completions/mean_length']:.1f}"]
+    if "kl" in logs:
+        parts.append(f"kl {logs['kl']:.4f}")
+    parts.append(
+        f"{logs['perf/step_s']:.2f} s = rollouts {logs['perf/rollout_wait_s']:.2f} + train {logs['perf/fwd_bwd_s']:.2f}"
+        f" + publish {logs['perf/weight_sync_s']:.2f}"
+    )
+    return "  ".join(parts)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes}:{rest:02d}"

@@ -1,0 +1,60 @@
+"""The learner's processes among themselves: bytes from rank 0 to all, over gloo. Nothing is pickled."""
+
+from __future__ import annotations
+
+import datetime
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+
+class StoppedByRankZero(SystemExit):
+    """Rank 0 failed and has said why; this rank just leaves."""
+
+
+class Ranks:
+    """Where this process stands. `timeout_s` bounds every wait for rank 0."""
+
+    def __init__(self, timeout_s: float):
+        self._group: dist.ProcessGroup | None = None
+        self.rank, self.size = 0, 1
+        if dist.is_initialized():
+            self.rank, self.size = dist.get_rank(), dist.get_world_size()
+            self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_s))
+
+    def broadcast(self, frames: list[bytes] | None) -> list[bytes]:
+        """Rank 0's frames on every rank. None on rank 0 makes the others leave."""
+        if self.size == 1:
+            return frames or []
+        count = torch.tensor([-1 if frames is None else len(frames)])
+        dist.broadcast(count, src=0, group=self._group)
+        if count.item() < 0:
+            if self.rank == 0:
+                return []
+            raise StoppedByRankZero(1)
+        sizes = torch.tensor([len(f) for f in frames or []] if self.rank == 0 else [0] * int(count))
+        dist.broadcast(sizes, src=0, group=self._group)
+        ends = np.cumsum(sizes.numpy()).tolist()
+        data = torch.empty(ends[-1] if ends else 0, dtype=torch.uint8)
+        if self.rank == 0:
+            data = torch.frombuffer(bytearray(b"".join(frames or [])), dtype=torch.uint8)
+        dist.broadcast(data, src=0, group=self._group)
+        whole = memoryview(data.numpy())
+        return [bytes(whole[start:end]) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+    def sum_(self, values: torch.Tensor) -> torch.Tensor:
+        """Add `values` (CPU, any shape) over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(values, op=dist.ReduceOp.SUM, group=self._group)
+        return values
+
+    def max_(self, values: torch.Tensor) -> torch.Tensor:
+        """The largest over all ranks, element by element, in place."""
+        if self.size > 1:
+            dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self._group)
+        return values
+
+    def barrier(self) -> None:
+        """Wait for everyone."""
+        self.sum_(torch.zeros(1))

@@ -1,0 +1,160 @@
+"""What a run leaves to read: metrics.jsonl, samples.jsonl, evals.jsonl, learning_curve.png, and the terminal's lines.
+
+Files are append-only, one JSON object a line; a resumed run goes on in them after dropping what lies behind its
+checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from rlx.learner.data import Prompt
+from rlx.learner.rollouts import Evaluation
+from rlx.learner.stream import StepBatch
+from rlx.wire import Completion, GroupResult
+
+
+class RunFiles:
+    """The files of one run in `output_dir`, which is created here. `first_step`: where this run begins."""
+
+    def __init__(self, output_dir: Path, first_step: int):
+        output_dir.mkdir(parents=True, exist_ok=True)
+        self.output_dir = output_dir
+        self.evaluations: list[Evaluation] = []
+        for name in ("metrics", "samples", "evals"):
+            _keep_before(self._path(name), first_step)
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        self._append("metrics", {"step": step, "time": time.time(), **values})
+
+    def samples(self, batch: StepBatch, count: int) -> None:
+        """The first `count` completions of a step, spread over its groups."""
+        advantages = batch.advantages.advantages.tolist()
+        size = len(batch.groups[0].completions)
+        order = sorted(range(len(advantages)), key=lambda i: (i % size, i // size))[:count]
+        for place in sorted(order):
+            group = batch.groups[place // size]
+            record = _sample(batch.step + 1, batch.prompts[place // size], group, place % size)
+            self._append("samples", {**record, "advantage": advantages[place]})
+
+    def evaluation(self, result: Evaluation, prompts: list[Prompt], groups: list[GroupResult]) -> None:
+        self.evaluations.append(result)
+        texts = [
+            {
+                "prompt": prompt.prompt,
+                "completion": c.text,
+                "rewards": {r.name: _finite(r.values[i]) for r in group.rewards},
+            }
+            for prompt, group in list(zip(prompts, groups, strict=True))[:16]
+            for i, c in enumerate(group.completions[:1])
+        ]
+        self._append("evals", {**asdict(result), "samples": texts})
+
+    def learning_curve(self) -> Path:
+        """Mean reward per step and held-out reward, as a PNG."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        rows = [json.loads(line) for line in self._path("metrics").read_text().splitlines()]
+        evals = [json.loads(line) for line in self._path("evals").read_text().splitlines()]
+        figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+        axes.plot(
+            [r["step"] for r in rows if "reward" in r],
+            [r["reward"] for r in rows if "reward" in r],
+            label="training prompts",
+            color="#4878a8",
+            alpha=0.8,
+        )
+        if evals:
+            axes.plot(
+                [e["step"] for e in evals],
+                [e["reward"] for e in evals],
+                "o-",
+                label="held-out prompts",
+                color="#c8553d",
+            )
+        axes.set(xlabel="optimizer step", ylabel="mean reward", title=self.output_dir.name)
+        axes.grid(alpha=0.3)
+        axes.legend()
+        path = self.output_dir / "learning_curve.png"
+        figure.savefig(path, dpi=120)
+        pyplot.close(figure)
+        return path
+
+    def _path(self, name: str) -> Path:
+        return self.output_dir / f"{name}.jsonl"
+
+    def _append(self, name: str, record: dict[str, Any]) -> None:
+        with self._path(name).open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def _keep_before(path: Path, first_step: int) -> None:
+    """Drop the records of `first_step` and later, and a last line that a crash cut off; `first_step` 0 empties the file."""
+    kept = []
+    if path.exists() and first_step > 0:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                break
+            if record["step"] <= first_step:
+                kept.append(line)
+    path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+
+def _sample(step: int, prompt: Prompt, group: GroupResult, index: int) -> dict[str, Any]:
+    c: Completion = group.completions[index]
+    return {
+        "step": step,
+        "key": group.key,
+        "index": index,
+        "prompt": prompt.prompt,
+        "completion": c.text,
+        "completion_ids": c.ids.tolist(),
+        "logprobs": [round(float(x), 5) for x in c.logprobs],
+        "versions": c.versions,
+        "finish_reason": c.finish_reason,
+        "rewards": {r.name: _finite(r.values[index]) for r in group.rewards},
+        "worker": group.worker,
+    }
+
+
+def _finite(value: float) -> float | None:
+    return None if math.isnan(value) else float(value)
+
+
+def evaluation_table(evaluations: list[Evaluation]) -> Table:
+    """First against last evaluation, a row for each reward function."""
+    first, last = evaluations[0], evaluations[-1]
+    table = Table(title=f"held-out prompts: {first.num_prompts} × {first.num_generations}")
+    for column in ("", f"before (step {first.step})", f"after (step {last.step})", "change"):
+        table.add_column(column, justify="left" if not column else "right")
+    rows = [(name, first.rewards[name], last.rewards[name]) for name in first.rewards]
+    if len(rows) > 1:
+        rows.append(("reward, weighted", first.reward, last.reward))
+    rows.append(("tokens per completion", first.mean_length, last.mean_length))
+    for name, before, after in rows:
+        table.add_row(name, f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}")
+    return table
+
+
+def print_samples(console: Console, batch: StepBatch, count: int) -> None:
+    """A few completions as text, each with its reward."""
+    for place in range(min(count, len(batch.groups))):
+        group, prompt = batch.groups[place], batch.prompts[place].prompt
+        asked = prompt if isinstance(prompt, str) else prompt[-1].get("content", "")
+        rewards = "  ".join(f"{r.name} {r.values[0]:.3g}" for r in group.rewards)
+        console.print(
+            f"    {asked!r:.200} → {group.completions[0].text!r:.400}   {rewards}", markup=False, highlight=False
+        )

@@ -1,0 +1,109 @@
+"""Rank 0's dealings with the service: publish before any rollout, evaluate on a published version, bring groups."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from torch import nn
+
+from rlx.config import Config
+from rlx.errors import ServiceError
+from rlx.learner.data import Prompt
+from rlx.learner.publish import Publisher
+from rlx.learner.stream import requests_of
+from rlx.rollout.client import RolloutClient
+from rlx.wire import GroupResult
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean rewards over the held-out prompts at one step: `reward` weighted, `rewards` by function."""
+
+    step: int
+    weight_version: int
+    num_prompts: int
+    num_generations: int
+    reward: float
+    rewards: dict[str, float]
+    mean_length: float
+    seconds: float
+
+
+class Rollouts:
+    """Brings the groups of each step. `on_evaluation` gets every evaluation with its groups."""
+
+    def __init__(
+        self,
+        config: Config,
+        client: RolloutClient,
+        publisher: Publisher,
+        model: nn.Module,
+        held_out: list[Prompt],
+        on_evaluation: Callable[[Evaluation, list[Prompt], list[GroupResult]], None],
+    ):
+        self._config, self._client, self._publisher, self._model = config, client, publisher, model
+        self._held_out, self._on_evaluation = held_out, on_evaluation
+        self._run_id = uuid.uuid4().hex[:12]
+        self._first_step: int | None = None
+
+    def fetch(self, step: int, prompts: list[Prompt]) -> tuple[list[GroupResult], dict[str, float]]:
+        """Publish the weights that `step` begins with, evaluate when due, and bring the step's scored groups.
+
+        Seconds by part: weight_sync_s, weight_sync_pause_s, rollout_wait_s, eval_s.
+        """
+        seconds = self.publish()
+        self._first_step = step if self._first_step is None else self._first_step
+        every = self._config.eval_steps
+        if step == self._first_step or (every is not None and step % every == 0):
+            seconds |= self.evaluate(step)
+        started = time.perf_counter()
+        requests = requests_of(self._config, prompts, self._run_id, step, "", self._config.trl.num_generations)
+        groups = self._client.rollouts(requests)
+        seconds["rollout_wait_s"] = time.perf_counter() - started
+        for group in groups:
+            self._check_version(group)
+        return groups, seconds
+
+    def publish(self) -> dict[str, float]:
+        """Every worker serves the model's present parameters when this returns."""
+        times = self._publisher.publish(self._model)
+        return {"weight_sync_s": times.total_s, "weight_sync_pause_s": times.pause_s}
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Mean reward of the held-out prompts under the published version."""
+        if not self._held_out:
+            return {}
+        started = time.perf_counter()
+        n = self._config.trl.num_generations_eval
+        groups = self._client.rollouts(requests_of(self._config, self._held_out, self._run_id, step, "eval", n))
+        values_BF = np.concatenate([np.stack([r.values for r in group.rewards], axis=1) for group in groups])
+        weights = np.asarray(self._config.trl.reward_weights or [1.0] * values_BF.shape[1])
+        means_F = np.nanmean(values_BF, axis=0)
+        lengths = [c.ids.size for group in groups for c in group.completions]
+        seconds = time.perf_counter() - started
+        result = Evaluation(
+            step=step,
+            weight_version=self._publisher.version or 0,
+            num_prompts=len(self._held_out),
+            num_generations=n,
+            reward=float(np.nansum(means_F * weights)),
+            rewards={r.name: float(mean) for r, mean in zip(groups[0].rewards, means_F, strict=True)},
+            mean_length=sum(lengths) / len(lengths),
+            seconds=seconds,
+        )
+        self._on_evaluation(result, self._held_out, groups)
+        return {"eval_s": seconds}
+
+    def _check_version(self, group: GroupResult) -> None:
+        """In a synchronous run every token comes from the version just published."""
+        expected = self._publisher.version
+        for completion in group.completions:
+            if any(version != expected for version, _ in completion.versions):
+                raise ServiceError(
+                    f"worker {group.worker} sampled {group.key} with weight versions {completion.versions}, but "
+                    f"{expected} was published. Is another learner using this service?"
+                )

@@ -1,0 +1,217 @@
+"""The trainer: `transformers.Trainer` on the stream of scored groups, with the GRPO loss.
+
+    stream → micro-batch → log-probabilities (+ reference's) → policy_loss → backward   (gradient_accumulation_steps ×)
+           → optimizer step → next step of the stream publishes the new weights
+
+The library owns the loop, optimizer, schedule, DDP, checkpoints. Ours: the loss, what is logged, the end marker of a
+checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+
+from rlx.config import Config, Plan
+from rlx.learner.batching import MicroBatch
+from rlx.learner.logprobs import completion_logprobs
+from rlx.learner.losses import LossMetrics, LossOptions, policy_loss
+from rlx.learner.ranks import Ranks
+from rlx.learner.stream import RolloutStream, StepBatch
+
+CHECKPOINT_MARKER = "rlx_state.json"
+
+
+def training_arguments(config: Config, plan: Plan, total_steps: int, steps_per_epoch: int) -> TrainingArguments:
+    """The library's arguments; the stream knows no epochs, so everything is counted in steps."""
+    on_gpu = torch.cuda.is_available()
+    save_steps = config.save_steps or max(1, steps_per_epoch // (config.saves_per_epoch or 1))
+    # Waiting ranks outlast every deadline of rank 0: service start, publish, evaluation and rollouts.
+    wait = config.trl.vllm_server_timeout + config.service.publish_timeout + 3 * config.service.group_timeout
+    return TrainingArguments(
+        output_dir=config.output_dir,
+        max_steps=total_steps,
+        per_device_train_batch_size=config.micro_batch_size,
+        gradient_accumulation_steps=plan.gradient_accumulation_steps,
+        learning_rate=config.learning_rate,
+        optim=config.optimizer,
+        lr_scheduler_type=config.lr_scheduler,
+        lr_scheduler_kwargs=config.lr_scheduler_kwargs,
+        warmup_steps=int(config.warmup_ratio * total_steps) if config.warmup_ratio else config.warmup_steps,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.adam_beta1,
+        adam_beta2=config.adam_beta2,
+        adam_epsilon=config.adam_epsilon,
+        max_grad_norm=config.max_grad_norm,
+        seed=config.seed,
+        bf16=on_gpu and torch.cuda.is_bf16_supported() if config.bf16 == "auto" else config.bf16,
+        tf32=True if config.tf32 is True else None,
+        gradient_checkpointing=config.gradient_checkpointing,
+        gradient_checkpointing_kwargs=config.gradient_checkpointing_kwargs or None,
+        logging_steps=config.logging_steps,
+        save_strategy="no" if config.save_strategy == "no" else "steps",
+        save_steps=save_steps,
+        save_total_limit=config.save_total_limit,
+        use_cpu=not on_gpu,
+        ddp_backend="nccl" if on_gpu else "gloo",
+        ddp_timeout=int(wait),
+        ddp_find_unused_parameters=False,
+        ignore_data_skip=True,
+        disable_tqdm=True,
+        report_to="none",
+        remove_unused_columns=False,
+        logging_nan_inf_filter=False,
+    )
+
+
+def loss_options(config: Config) -> LossOptions:
+    trl = config.trl
+    return LossOptions(
+        epsilon=trl.epsilon,
+        epsilon_high=trl.epsilon_high,
+        delta=trl.delta,
+        beta=trl.beta,
+        use_bias_correction_kl=trl.use_bias_correction_kl,
+        vllm_importance_sampling_correction=trl.vllm_importance_sampling_correction,
+        vllm_importance_sampling_clip_min=trl.vllm_importance_sampling_clip_min,
+        vllm_importance_sampling_clip_max=trl.is_clip_max,
+    )
+
+
+class GRPOTrainer(Trainer):
+    """Trains `model` on what `stream` yields. `weight_version` tells the published version for the checkpoints."""
+
+    def __init__(
+        self,
+        config: Config,
+        ranks: Ranks,
+        arguments: TrainingArguments,
+        model: PreTrainedModel,
+        reference: PreTrainedModel | None,
+        tokenizer: PreTrainedTokenizerBase,
+        make_stream: Callable[[GRPOTrainer], RolloutStream],
+        weight_version: Callable[[], int],
+        callbacks: list[TrainerCallback],
+    ):
+        super().__init__(model=model, args=arguments, processing_class=tokenizer, callbacks=callbacks)
+        self._config, self._ranks, self._options = config, ranks, loss_options(config)
+        self._reference = reference.to(self.args.device).eval() if reference is not None else None
+        self._weight_version = weight_version
+        self._loss_metrics = LossMetrics.zero()
+        self._step_metrics: dict[str, list[float]] = {}
+        self._step_ended = self._training_began = time.perf_counter()
+        self.stream = make_stream(self)
+
+    def get_train_dataloader(self) -> RolloutStream:  # type: ignore[override]
+        return self.stream
+
+    def begin_step(self, batch: StepBatch) -> None:
+        """Called on every rank when the groups of a step have arrived and its training begins."""
+        self._training_began = time.perf_counter()
+        for name, value in step_metrics(self._config, batch).items():
+            self._step_metrics.setdefault(name, []).append(value)
+
+    def end_step(self) -> None:
+        """Called on every rank after the optimizer step."""
+        now = time.perf_counter()
+        times = {"perf/fwd_bwd_s": now - self._training_began, "perf/step_s": now - self._step_ended}
+        for name, value in times.items():
+            self._step_metrics.setdefault(name, []).append(value)
+        self._step_ended = now
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, MicroBatch],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Tensor:
+        batch = inputs["micro_batch"].to(self.args.device)
+        temperature = self._config.trl.temperature
+        logprobs_T, entropies_T = completion_logprobs(model, batch, temperature)
+        ref_logprobs_T = None
+        if self._reference is not None:
+            with torch.no_grad():
+                ref_logprobs_T, _ = completion_logprobs(self._reference, batch, temperature, compute_entropy=False)
+        out = policy_loss(
+            logprobs_T, None, ref_logprobs_T, batch.sampling_logprobs_T, batch.advantages_T, batch.weights_T,
+            self._options, entropies_T,
+        )  # fmt: skip
+        self._loss_metrics = self._loss_metrics + LossMetrics(out.metrics.sums.cpu(), out.metrics.maxima.cpu())
+        # The weights already hold the step's normalisation: undo DDP's mean over ranks and the Trainer's over micro-batches.
+        return out.loss * self._ranks.size * self.current_gradient_accumulation_steps
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the means since the last log: over steps for rollouts and times, over tokens for the loss."""
+        if "loss" in logs:
+            metrics = LossMetrics(
+                self._ranks.sum_(self._loss_metrics.sums), self._ranks.max_(self._loss_metrics.maxima)
+            )
+            logs |= metrics.report()
+            logs |= {name: sum(values) / len(values) for name, values in self._step_metrics.items()}
+            self._loss_metrics, self._step_metrics = LossMetrics.zero(), {}
+        super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Not counted: the library's estimate wants padded `input_ids`."""
+        return 0
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self._ranks.rank == 0:
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            state = {"step": self.state.global_step, "weight_version": self._weight_version()}
+            write_atomically(folder / CHECKPOINT_MARKER, json.dumps(state))
+
+
+class StepClock(TrainerCallback):
+    """Tells the trainer when a step ended, and the epoch that a step belongs to."""
+
+    def __init__(self, steps_per_epoch: int):
+        self._steps_per_epoch = steps_per_epoch
+        self.trainer: GRPOTrainer | None = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        state.epoch = state.global_step / self._steps_per_epoch
+        if self.trainer is not None:
+            self.trainer.end_step()
+
+
+def step_metrics(config: Config, batch: StepBatch) -> dict[str, float]:
+    """What one step's rollouts looked like, by TRL's names. Lengths in tokens, times in seconds."""
+    completions, scored = batch.completions, batch.advantages
+    lengths = [c.ids.size for c in completions]
+    metrics = {
+        "reward": scored.reward_mean,
+        "reward_std": scored.reward_std,
+        "frac_reward_zero_std": scored.reward_std_zero_fraction,
+        "completions/mean_length": sum(lengths) / len(lengths),
+        "completions/max_length": float(max(lengths)),
+        "completions/clipped_ratio": sum(c.finish_reason == "length" for c in completions) / len(completions),
+    }
+    for index, outcome in enumerate(batch.groups[0].rewards):
+        column = torch.from_numpy(batch.rewards_BF[:, index].copy())
+        metrics[f"rewards/{outcome.name}/mean"] = column.nanmean().item()
+    for name in batch.groups[0].metrics:
+        values = [group.metrics[name] for group in batch.groups if name in group.metrics]
+        metrics[name] = sum(values) / len(values)
+    metrics |= {f"perf/{name}": value for name, value in batch.seconds.items()}
+    return metrics
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """All of `text` or nothing, also when the power goes."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)
