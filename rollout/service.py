@@ -1,0 +1,266 @@
+"""The rollout service, without HTTP and without Ray.
+
+    GroupRequest ─► GroupStore (one task per key) ─► worker with the least in flight ─► episode: completions
+                                                                 GroupResult ◄─ scorer: rewards ◄──┘
+
+Everything runs in one event loop. A group outlives the caller that submitted it; every wait has a deadline that names
+who was waited for. `start` → rollouts and weight updates → `drain`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from rlx.config.sections import ServiceSection
+from rlx.errors import RlxError, ServiceUnavailable
+from rlx.rollout.deadline import deadline
+from rlx.rollout.fleet import Fleet
+from rlx.rollout.groups import GroupStore
+from rlx.rollout.weight_updates import WeightUpdates
+from rlx.rollout.weights_store import remove_leftovers
+from rlx.rollout.worker import Scorer, Worker
+from rlx.wire import Completion, GroupRequest, GroupResult, WireError
+
+Episode = Callable[[Worker, GroupRequest], Awaitable[list[Completion]]]
+"""What makes the completions of one group on one worker; `rlx.envs.single_turn` is the plain one."""
+
+KEPT_GROUPS = 4096
+CLOSE_TIMEOUT_S = 20.0
+_REWARDS = "the reward functions"
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoadProgress:
+    """`ready` of `total` parts (the workers and the rewards) are up; `waiting_for` names the others."""
+
+    ready: int
+    total: int
+    waiting_for: tuple[str, ...]
+    seconds: float
+
+
+class RolloutService:
+    def __init__(
+        self,
+        workers: list[Worker],
+        scorer: Scorer,
+        episode: Episode,
+        settings: ServiceSection,
+        *,
+        model: str,
+        start_timeout_s: float,
+    ):
+        self.model = model
+        self.fleet = Fleet(workers, settings)
+        self.weights = WeightUpdates(self.fleet, settings)
+        self._scorer, self._episode, self._settings = scorer, episode, settings
+        self._groups = GroupStore(KEPT_GROUPS)
+        self._state, self._cause = "loading", ""
+        self._born, self._start_timeout_s = time.monotonic(), start_timeout_s
+        self._parts = [m.name for m in self.fleet.members] + [_REWARDS]
+        self._up: set[str] = set()
+        self._probes: list[asyncio.Task[None]] = []
+
+    # --- life -----------------------------------------------------------------------------------------------------
+
+    async def start(self, progress: Callable[[LoadProgress], None] = lambda _: None) -> None:
+        """Start workers and scorer together; the first error stops the others and names its worker."""
+        remove_leftovers()
+        starts = [self.fleet.start_member(m) for m in self.fleet.members] + [self._scorer.start()]
+        tasks = [
+            asyncio.create_task(self._start_part(name, start, progress))
+            for name, start in zip(self._parts, starts, strict=True)
+        ]
+        seconds = self._start_timeout_s
+        try:
+            async with deadline(
+                seconds,
+                lambda: (
+                    f"{', '.join(self.load_progress().waiting_for)} did not start within "
+                    f"vllm.start_timeout = {seconds:g} s"
+                ),
+            ):
+                for done in asyncio.as_completed(tasks):
+                    await done
+        except RlxError as error:
+            self._state, self._cause = "failed", str(error)
+            raise
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        self._probes = [asyncio.create_task(self.fleet.probe(m)) for m in self.fleet.members]
+        self._state = "serving"
+
+    async def drain(self, timeout_s: float) -> None:
+        """Refuse new rollouts, give the running ones `timeout_s` seconds, cancel what is left, close every part."""
+        self._state = "stopping"
+        if running := self._groups.running():
+            await asyncio.wait(running, timeout=timeout_s)
+        leftovers = [*self._groups.running(), *self._probes]
+        for task in leftovers:
+            task.cancel()
+        await asyncio.gather(*leftovers, return_exceptions=True)
+        self.weights.discard()
+        closes = [(m.name, m.worker.close()) for m in self.fleet.members]
+        closes.append((_REWARDS, self._scorer.close()))
+        await asyncio.gather(*(self._close_part(name, close) for name, close in closes))
+
+    async def _start_part(self, name: str, start: Awaitable[None], progress: Callable[[LoadProgress], None]) -> None:
+        try:
+            await start
+        except RlxError as error:
+            if name in str(error) or name == _REWARDS:
+                raise
+            raise type(error)(f"worker {name}: {error}") from error
+        self._up.add(name)
+        progress(self.load_progress())
+
+    async def _close_part(self, name: str, close: Awaitable[None]) -> None:
+        """Closing goes on with the others when one fails; what failed is logged."""
+        try:
+            async with deadline(CLOSE_TIMEOUT_S, lambda: f"{name} did not close within {CLOSE_TIMEOUT_S:g} s"):
+                await close
+        except RlxError as error:
+            _log.warning("while closing %s: %s", name, error)
+
+    def load_progress(self) -> LoadProgress:
+        waiting = tuple(name for name in self._parts if name not in self._up)
+        return LoadProgress(len(self._up), len(self._parts), waiting, round(time.monotonic() - self._born, 1))
+
+    def health(self) -> tuple[bool, dict[str, Any]]:
+        """Whether every worker generated a token lately and has the newest weights; and the same for people.
+        `status`: ok, loading, down, stopping or failed; `cause` says why it is not ok."""
+        status, cause = self._state, self._cause
+        if self._state == "serving":
+            idle = [m for m in self.fleet.members if m not in self.fleet.ready()]
+            silent = [f"{m.name} generated no token for {m.token_age_s():.0f} s" for m in self.fleet.silent()]
+            status = "down" if idle or silent else "ok"
+            cause = "; ".join(([self.fleet.describe()] if idle else []) + silent)
+        body = {
+            "status": status,
+            "cause": cause,
+            "weight_version": self.fleet.weight_version,
+            "workers": [asdict(status) for status in self.fleet.statuses()],
+        }
+        if self._state == "loading":
+            body["progress"] = asdict(self.load_progress())
+        return status == "ok", body
+
+    def check_serving(self) -> None:
+        """Raise ServiceUnavailable unless the service takes requests."""
+        if self._state == "loading":
+            progress = self.load_progress()
+            raise ServiceUnavailable(f"the service is loading and waits for {', '.join(progress.waiting_for)}")
+        if self._state == "failed":
+            raise ServiceUnavailable(f"the service did not start: {self._cause}")
+        if self._state == "stopping":
+            raise ServiceUnavailable("the service is stopping")
+
+    # --- groups ---------------------------------------------------------------------------------------------------
+
+    async def rollout(self, request: GroupRequest) -> GroupResult:
+        """The scored group of `request`; the same key again gives the same result, or joins the running one."""
+        check_request(request)
+        self.check_serving()
+        return await self._groups.get(request, self._run_group)
+
+    async def _run_group(self, request: GroupRequest) -> GroupResult:
+        seconds = min(request.deadline_s, self._settings.group_timeout)
+        waiting_for = "a worker"
+        async with deadline(
+            seconds,
+            lambda: f"group {request.key!r}: {waiting_for} did not answer within the {seconds:g} s of the group",
+        ):
+            start = time.monotonic()
+            with self.fleet.assign(request.num_generations) as member:
+                waiting_for = f"worker {member.name}"
+                completions = await self._episode(member.worker, request)
+            generated = time.monotonic()
+            waiting_for = f"{_REWARDS} (trl.reward_funcs)"
+            rewards, metrics = await self._scorer.score(request, completions)
+        return GroupResult(
+            key=request.key,
+            completions=tuple(completions),
+            rewards=tuple(rewards),
+            worker=member.name,
+            generation_s=generated - start,
+            reward_s=time.monotonic() - generated,
+            metrics=metrics,
+        )
+
+    # --- the workers themselves -----------------------------------------------------------------------------------
+
+    async def openai(self, route: str, body: dict[str, Any]) -> dict[str, Any] | AsyncIterator[str]:
+        """An OpenAI-shaped request on the least busy worker; one deadline for the answer or, streamed, its start."""
+        self.check_serving()
+        seconds = self._settings.group_timeout
+        with ExitStack() as held:
+            member = held.enter_context(self.fleet.assign(1))
+            async with deadline(seconds, lambda: f"worker {member.name} did not answer within {seconds:g} s"):
+                answer = await member.worker.openai(route, body)
+            if isinstance(answer, dict):
+                return answer
+            lines = _hold_while_streaming(answer, held.pop_all(), member.name, seconds)
+        await anext(lines)
+        return lines
+
+    async def prompt_logprobs(self, ids: np.ndarray, worker: str | None = None) -> dict[str, np.ndarray]:
+        """log p of `ids` int32 [T] on every ready worker, or on the named one: float32 [T-1] by worker name."""
+        self.check_serving()
+        members = [self.fleet.named(worker)] if worker else self.fleet.ready()
+        if not members:
+            raise ServiceUnavailable(f"no rollout worker is ready: {self.fleet.describe()}")
+        seconds, answers = self._settings.group_timeout, {}
+        for member in members:
+            async with deadline(seconds, lambda m=member: f"worker {m.name} did not answer within {seconds:g} s"):
+                with self.fleet.marking(member):
+                    answers[member.name] = await member.worker.prompt_logprobs(ids)
+        return answers
+
+
+async def _hold_while_streaming(
+    lines: AsyncIterator[str], held: ExitStack, name: str, seconds: float
+) -> AsyncIterator[str]:
+    """`lines`, each within `seconds`; the worker stays charged until the last. The first item is empty: asking for it
+    starts the generator, so that dropping it releases the worker."""
+    with held:
+        yield ""
+        while True:
+            async with deadline(seconds, lambda: f"worker {name} sent nothing for {seconds:g} s"):
+                line = await anext(lines, None)
+            if line is None:
+                return
+            yield line
+
+
+def check_request(request: GroupRequest) -> None:
+    """What the types of the wire do not say already."""
+    ids = request.prompt_ids
+    wrong = None
+    if not 0 < len(request.key) <= 512:
+        wrong = f"key must have 1 to 512 characters, got {len(request.key)}"
+    elif ids.ndim != 1 or ids.size == 0 or ids.min() < 0:
+        wrong = "prompt_ids must be a list of at least one token id, none negative"
+    elif request.num_generations < 1:
+        wrong = f"n must be at least 1, got {request.num_generations}"
+    elif not isinstance(request.prompt, str | list):
+        wrong = f"prompt must be a string or a list of messages, got {type(request.prompt).__name__}"
+    elif not isinstance(request.columns, Mapping):
+        wrong = f"columns must be an object, got {type(request.columns).__name__}"
+    elif not isinstance(request.sampling.max_tokens, int) or request.sampling.max_tokens < 1:
+        wrong = f"sampling.max_tokens must be a positive integer, got {request.sampling.max_tokens!r}"
+    elif not (math.isfinite(request.deadline_s) and request.deadline_s > 0):
+        wrong = f"deadline_s must be a positive number of seconds, got {request.deadline_s}"
+    if wrong:
+        raise WireError(f"not a group request: {wrong}")
