@@ -45,7 +45,7 @@ def resolve(name: str, *, base_dir: Path, key: str, main: str | None = None) -> 
     """
     site = _Site(name, key, Path(os.path.abspath(base_dir)))
     prefix, parts = _split_file(site) if ":" in name or name.endswith(".py") else _split_dotted(site)
-    target = _walk(site, prefix, parts)
+    target: Any = _walk(site, prefix, parts)
     if isinstance(target, ModuleType):
         if main is None or not hasattr(target, main):
             rule = f" without a function called {main!r}" if main else ""
@@ -54,7 +54,8 @@ def resolve(name: str, *, base_dir: Path, key: str, main: str | None = None) -> 
     if not callable(target):
         what = "None" if target is None else f"a value of type {type(target).__name__}"
         raise site.error(f"this is {what}, not a function. Name a function there.")
-    return target
+    function: Callable[..., Any] = target
+    return function
 
 
 def user_traceback(error: BaseException, hide: Sequence[str] = ()) -> str:
@@ -121,7 +122,7 @@ def _walk(site: _Site, prefix: str, parts: list[str]) -> Any:
     for depth, part in enumerate(parts[1:], start=1):
         path = prefix + ".".join(parts[: depth + 1])
         is_last = depth == len(parts) - 1
-        child = None if is_last else _submodule(site, target, path)
+        child: Any = None if is_last else _submodule(site, target, path)
         if child is None:
             child = _attribute(site, target, part)
         if child is _MISSING or (is_last and isinstance(child, ModuleType)):
@@ -225,7 +226,7 @@ class _BesideLoader(SourceFileLoader):
         return any(_source(self.folder, path) for path in wanted)
 
 
-sys.meta_path.insert(0, _BesideFinder)  # type: ignore[arg-type]
+sys.meta_path.insert(0, _BesideFinder)
 
 
 # --- what to tell the user

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from math_verify import parse, verify
+
 from rlx.errors import UserCodeError
 from rlx.rewards.text import Completion, answer_text, completion_text
 

@@ -14,12 +14,12 @@ import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Real
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+
 from rlx.dotted import resolve, user_traceback
 from rlx.errors import UserCodeError
 from rlx.wire import Completion, GroupRequest, RewardOutcome
@@ -176,7 +176,7 @@ def _number(reward: Reward, index: int, value: Any) -> float:
     value = value.tolist() if hasattr(value, "tolist") else value
     if value is None:
         return np.nan
-    if not isinstance(value, Real):
+    if not isinstance(value, int | float):
         raise reward.error(f"returned {_describe(value)} for completion {index}. Return a number or None.")
     if not abs(value) <= _FLOAT32_MAX:
         raise reward.error(

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from rlx.dotted import resolve, user_traceback
 from rlx.errors import UserCodeError
 

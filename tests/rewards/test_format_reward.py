@@ -1,6 +1,7 @@
 """`rlx.rewards.format`: the shapes that count."""
 
 import pytest
+
 from rlx.rewards.format import boxed, think
 
 

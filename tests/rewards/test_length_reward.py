@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from rlx.rewards.length import brevity, overlong_penalty, soft_overlong
 from rlx.rewards.scoring import ScoreRequest, load_reward, score_group
 

@@ -3,6 +3,7 @@
 import threading
 
 import pytest
+
 from rlx.errors import UserCodeError
 from rlx.rewards.math import accuracy
 
