@@ -70,7 +70,7 @@ def user_traceback(error: BaseException, hide: Sequence[str] = ()) -> str:
             continue
         shown = [f for f in part.stack if not f.filename.startswith(_MACHINERY) and f.filename not in hide]
         part.stack = traceback.StackSummary.from_list(shown)
-        parts += [part.__cause__, part.__context__]
+        parts += [part.__cause__, part.__context__, *(part.exceptions or ())]
     return "".join(report.format()).rstrip()
 
 

@@ -265,10 +265,28 @@ def test_malformed_names_are_refused_with_the_form_to_write(tmp_path, name):
     assert "Write `file.function`" in message(name, tmp_path)
 
 
-def test_chained_errors_of_the_user_are_all_shown(tmp_path):
-    write(tmp_path, rewards="try:\n  1/0\nexcept ZeroDivisionError as e:\n  raise ValueError('second') from e")
+def test_chained_errors_of_the_user_are_all_shown_without_our_frames(tmp_path):
+    write(
+        tmp_path,
+        helpers="1 / 0",
+        rewards="try:\n  import helpers\nexcept ArithmeticError as e:\n  raise ValueError from e",
+    )
     text = message("rewards.foo", tmp_path)
-    assert text.index("ZeroDivisionError") < text.index("direct cause") < text.index("ValueError: second")
+    assert text.index("ZeroDivisionError") < text.index("direct cause") < text.index("ValueError")
+    assert text.count("File ") == 3
+    assert "dotted.py" not in text
+
+
+def test_grouped_errors_are_shown_without_our_frames(tmp_path):
+    write(
+        tmp_path,
+        helpers="1 / 0",
+        rewards="try:\n  import helpers\nexcept ArithmeticError as e:\n  raise ExceptionGroup('all', [e]) from None",
+    )
+    text = message("rewards.foo", tmp_path)
+    assert "ZeroDivisionError" in text
+    assert text.count("File ") == 3
+    assert "dotted.py" not in text
 
 
 def test_the_frames_of_a_caller_can_be_hidden():

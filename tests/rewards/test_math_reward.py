@@ -21,6 +21,7 @@ from rlx.rewards.math import accuracy
         ("1,042", "1042", 1),
         ("He has 2 * 36 = 72 of them.\n#### 72", "72", 1),
         ("He has 2 * 36 = 72 of them.\n#### 72", "36", 0),
+        ("Half of it.\n#### \\frac{1}{2} x", r"\boxed{x/2}", 1),
         ("1/2", r"\boxed{\frac{1}{2}}", 1),
         ("0.5", r"$\frac{1}{2}$", 1),
         (r"\frac{1}{2} x", r"\boxed{x/2}", 1),
