@@ -30,7 +30,7 @@ test-fast: install
 check: install
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
-	@$(BIN)/lint-imports
+	@PYTHONPATH=typings $(BIN)/lint-imports
 	@$(BIN)/mypy
 
 docs: install

@@ -18,7 +18,7 @@ import numpy as np
 
 CONTENT_TYPE = "application/x-rlx"
 _MAGIC = b"RLX1"
-_DTYPES = {"i4": np.dtype("<i4"), "f4": np.dtype("<f4"), "u1": np.dtype("u1")}
+_DTYPES: dict[str, np.dtype[Any]] = {"i4": np.dtype("<i4"), "f4": np.dtype("<f4"), "u1": np.dtype("u1")}
 
 
 class WireError(ValueError):

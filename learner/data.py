@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import datasets
 import numpy as np
@@ -59,7 +59,7 @@ def load_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[Pr
     return train, None if held_out is None else _tokenize(config, held_out, tokenizer, "test_datasets")
 
 
-Tokenizer = PreTrainedTokenizerBase | None
+Tokenizer: TypeAlias = PreTrainedTokenizerBase | None
 
 
 def first_row(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -40,7 +40,7 @@ class Ranks:
         if self.rank == 0:
             data = torch.frombuffer(bytearray(b"".join(frames or [])), dtype=torch.uint8)
         dist.broadcast(data, src=0, group=self._group)
-        whole = memoryview(data.numpy())
+        whole = data.numpy().data
         return [bytes(whole[start:end]) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
     def sum_(self, values: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,147 @@
+"""`rlx check`: everything that can be known before a model is loaded, and the plan in numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from rlx.cluster.layout import plan_layout, this_machine
+from rlx.config import Config, make_plan
+from rlx.config.plan import count_parameters, estimate_memory
+from rlx.errors import DatasetError, ModelError, RlxError, UserCodeError
+
+
+@dataclass
+class _Findings:
+    """`lines`: what was checked and found good; `unchecked`: what could not be; `errors`: what is wrong."""
+
+    lines: list[str]
+    unchecked: list[str]
+    errors: list[RlxError]
+
+
+def check_main(config: Config, num_processes: int) -> int:
+    """Print the findings and the plan; 0 when nothing is wrong, else the first error's exit code."""
+    console = Console(highlight=False)
+    found = _Findings([f"{config.path.name}: every key is known and every value fits"], [], [])
+    plan = make_plan(config, num_processes)
+    layout = plan_layout(this_machine(), config, num_processes)
+    found.lines.append(f"devices: {layout.describe()}")
+    row = _check_data(config, found)
+    _check_rewards(config, row, found)
+    for line in found.lines:
+        console.print(f"ok    {line}", markup=False)
+    for line in (*plan.notes, *found.unchecked):
+        console.print(f"note  {line}", markup=False)
+    for error in found.errors:
+        console.print(f"error {error}", markup=False)
+    if found.errors:
+        return found.errors[0].exit_code
+    console.print(_plan_table(config, num_processes))
+    return 0
+
+
+def _check_data(config: Config, found: _Findings) -> dict[str, Any] | None:
+    """The first transformed row, or None when the data or the tokenizer cannot be had here."""
+    from rlx.learner.data import encode_prompt, first_row
+    from rlx.learner.model import load_tokenizer, located
+
+    located(config, "base_model")
+    tokenizer = None
+    try:
+        tokenizer = load_tokenizer(config)
+        found.lines.append(f"tokenizer: {len(tokenizer)} tokens")
+    except ModelError as error:
+        if Path(located(config, "base_model")).is_dir():
+            found.errors.append(error)
+        else:
+            found.unchecked.append(f"not checked: the tokenizer and the model. {error}")
+    try:
+        row = first_row(config, tokenizer)
+    except (DatasetError, UserCodeError) as error:
+        if isinstance(error.__cause__, ConnectionError):
+            found.unchecked.append(f"not checked: data set and transforms on a row. {error}")
+            _check_transform_names(config, found)
+        else:
+            found.errors.append(error)
+        return None
+    found.lines.append(
+        f"first row: prompt {row['prompt']!r:.120}, columns {', '.join(k for k in row if k != 'prompt') or 'none'}"
+    )
+    if tokenizer is not None:
+        try:
+            length = len(encode_prompt(config, tokenizer, row["prompt"], f"{config.path}: datasets[0], row 0"))
+            found.lines.append(f"first prompt: {length} tokens of at most {config.max_prompt_length}")
+        except DatasetError as error:
+            found.errors.append(error)
+    return row
+
+
+def _check_transform_names(config: Config, found: _Findings) -> None:
+    from rlx.dotted import resolve
+
+    for index, section in enumerate(config.datasets):
+        if section.type is not None:
+            try:
+                resolve(section.type, base_dir=config.base_dir, key=f"datasets[{index}].type")
+                found.lines.append(f"transform {section.type}: imported")
+            except UserCodeError as error:
+                found.errors.append(error)
+
+
+def _check_rewards(config: Config, row: dict[str, Any] | None, found: _Findings) -> None:
+    from rlx.rewards.scoring import ScoreRequest, load_reward, score_group
+
+    if not config.trl.reward_funcs:
+        found.errors.append(
+            UserCodeError(
+                f"{config.path}: trl.reward_funcs is empty: there is nothing to learn from. Name at least one function."
+            )
+        )
+    for index, name in enumerate(config.trl.reward_funcs):
+        try:
+            reward = load_reward(name, config.base_dir, f"trl.reward_funcs[{index}]")
+            if row is None:
+                found.lines.append(f"reward {name}: imported")
+                found.unchecked.append(f"not checked: reward {name} on a row, because there is none")
+                continue
+            columns = {k: v for k, v in row.items() if k != "prompt"}
+            request = ScoreRequest(row["prompt"], ["", "42"], [[], [0]], columns, config.trl.max_completion_length)
+            values = score_group(reward, request)
+            found.lines.append(
+                f"reward {name}: gives {', '.join(f'{v:g}' for v in values)} for the completions '' and '42' of the first row"
+            )
+        except UserCodeError as error:
+            found.errors.append(error)
+
+
+def _plan_table(config: Config, num_processes: int) -> Table:
+    plan, trl = make_plan(config, num_processes), config.trl
+    table = Table(title="one optimizer step", show_header=False)
+    rows = [
+        ("prompts", f"{plan.prompts_per_step}"),
+        ("completions", f"{plan.completions_per_step} = {plan.prompts_per_step} × {plan.num_generations} generations"),
+        ("micro-batches", f"{plan.gradient_accumulation_steps} × {config.micro_batch_size} completions on {num_processes} process(es)"),
+        ("tokens in flight, at most", f"{plan.completions_per_step * (config.max_prompt_length + trl.max_completion_length):,}"
+                                      f" ({config.max_prompt_length} prompt + {trl.max_completion_length} completion each)"),
+        ("engines", f"{config.vllm.data_parallel_size} × tensor parallel {config.vllm.tensor_parallel_size}, {config.max_model_len} tokens of context"),
+        ("loss", f"{trl.loss_type}, beta {trl.beta:g}{'' if trl.beta else ' (no reference model)'}"),
+        ("service", config.base_url),
+    ]  # fmt: skip
+    parameters = count_parameters(Path(config.local(config.base_model)))
+    if parameters is not None:
+        memory = estimate_memory(config, parameters)
+        rows.append(("parameters", f"{parameters:,}"))
+        rows.append(
+            (
+                "memory, weights and optimizer",
+                f"{memory.learner_gib:.2f} GiB per learner process, {memory.engine_gib:.2f} GiB per engine; activations and runtimes come on top",
+            )
+        )
+    for name, value in rows:
+        table.add_row(name, value)
+    return table

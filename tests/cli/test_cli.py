@@ -1,0 +1,77 @@
+"""The command line answers at once and imports nothing heavy before the configuration is validated."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+HEAVY = ("torch", "vllm", "ray", "transformers", "datasets", "fastapi")
+YAML = "base_model: some/model\nrl: grpo\ndatasets:\n  - path: some/data\n"
+
+
+def rlx(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "rlx.cli", *arguments], capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def imported_by(*arguments: str) -> set[str]:
+    code = (
+        "import sys\n"
+        "from rlx.cli import main\n"
+        f"try: main({list(arguments)!r})\n"
+        "except SystemExit: pass\n"
+        f"print('LOADED', [m for m in {HEAVY!r} if m in sys.modules])\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    return {name for name in HEAVY if f"'{name}'" in result.stdout.split("LOADED ")[1]}
+
+
+def test_version_and_help_answer():
+    assert rlx("--version").stdout.startswith("rlx 0.")
+    help_text = rlx("--help").stdout
+    assert all(command in help_text for command in ("check", "vllm-serve", "train", "run"))
+
+
+@pytest.mark.parametrize("command", ["check", "vllm-serve", "train", "run"])
+def test_every_command_has_help_that_names_the_overrides(command):
+    result = rlx(command, "--help")
+    assert result.returncode == 0
+    assert "--trl.beta" in result.stdout
+
+
+def test_help_and_a_config_error_load_nothing_heavy(tmp_path: Path):
+    (tmp_path / "bad.yaml").write_text(YAML + "trl:\n  bta: 1\n")
+    assert imported_by("--help") == set()
+    assert imported_by("train", str(tmp_path / "bad.yaml")) == set()
+
+
+def test_a_config_error_is_one_message_and_exit_code_two(tmp_path: Path):
+    (tmp_path / "bad.yaml").write_text(YAML + "trl:\n  bta: 1\n")
+    began = time.perf_counter()
+    for command in ("check", "vllm-serve", "train", "run"):
+        result = rlx(command, str(tmp_path / "bad.yaml"))
+        assert result.returncode == 2
+        assert result.stdout == ""
+        assert result.stderr == (
+            f"error: {tmp_path}/bad.yaml, line 6: unknown key 'trl.bta'. Did you mean 'trl.beta'?\n"
+        )
+    assert time.perf_counter() - began < 30
+
+
+def test_a_missing_file_is_one_message():
+    result = rlx("train", "no/such.yaml")
+    assert result.returncode == 2
+    assert "no such file" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_axolotl_options_of_vllm_serve_reach_the_vllm_section(tmp_path: Path):
+    (tmp_path / "run.yaml").write_text(YAML)
+    result = rlx("vllm-serve", str(tmp_path / "run.yaml"), "--port", "0")
+    assert result.returncode == 2
+    assert "command line, --vllm.port: vllm.port: 0 cannot be used" in result.stderr

@@ -1,0 +1,168 @@
+"""Bad configurations give one message with key, line and fix; the documented ones load and are solved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlx.config import Config, load_config, make_plan, parse_overrides
+from rlx.config.reference import render
+from rlx.config.refusals import REFUSED
+from rlx.config.source import dotted
+from rlx.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+SMALLEST = "base_model: some/model\nrl: grpo\ndatasets:\n  - path: some/data\n"
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "run.yaml"
+    path.write_text(text)
+    return path
+
+
+def problem(folder: Path, text: str, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(folder, text), parse_overrides(list(overrides)))
+    return str(caught.value)
+
+
+def test_every_shipped_yaml_loads():
+    files = sorted((ROOT / "examples").rglob("*.yaml"))
+    assert files
+    for file in files:
+        assert load_config(file).rl == "grpo", file
+
+
+def test_a_mistyped_key_names_its_line_and_the_nearest_key(tmp_path):
+    message = problem(tmp_path, SMALLEST + "trl:\n  temprature: 0.5\n")
+    assert message == f"{tmp_path}/run.yaml, line 6: unknown key 'trl.temprature'. Did you mean 'trl.temperature'?"
+
+
+def test_a_key_in_the_wrong_section_is_pointed_to_the_right_one(tmp_path):
+    assert "Did you mean 'trl.max_completion_length'?" in problem(tmp_path, SMALLEST + "max_completion_length: 8\n")
+
+
+def test_a_mistyped_key_inside_a_dataset_is_found(tmp_path):
+    message = problem(tmp_path, SMALLEST + "    typ: rewards.transform\n")
+    assert "line 5: unknown key 'datasets[0].typ'. Did you mean 'datasets[0].type'?" in message
+
+
+def test_all_problems_are_told_at_once(tmp_path):
+    message = problem(tmp_path, "rl: dpo\nlerning_rate: 1\n")
+    assert len(message.splitlines()) == 4
+    assert "'base_model' is missing" in message
+    assert "Write `rl: grpo`" in message
+    assert "Did you mean 'learning_rate'?" in message
+    assert "'datasets' is missing" in message
+
+
+def test_a_missing_file_lists_the_yaml_files_beside_it(tmp_path):
+    write(tmp_path, SMALLEST)
+    with pytest.raises(ConfigError, match=r"no such file\. In .* there is: run\.yaml"):
+        load_config(tmp_path / "rum.yaml")
+
+
+def test_broken_yaml_and_doubled_keys_are_told_with_their_line(tmp_path):
+    assert "line 2" in problem(tmp_path, "a: [1,\nb: 2")
+    assert "'seed' is written twice (first in line 5)" in problem(tmp_path, SMALLEST + "seed: 1\nseed: 2\n")
+
+
+@pytest.mark.parametrize("key", sorted(REFUSED))
+def test_a_known_but_unsupported_key_says_why_and_what_to_write(tmp_path, key):
+    section, _, name = key.rpartition(".")
+    value = "7.5"
+    text = f"{SMALLEST}{section}:\n  {name}: {value}\n" if section else f"{SMALLEST}{name}: {value}\n"
+    message = problem(tmp_path, text)
+    assert key in message
+    assert REFUSED[key].why in message
+    assert REFUSED[key].instead in message
+
+
+def test_an_unsupported_key_that_is_switched_off_changes_nothing(tmp_path):
+    text = SMALLEST + "adapter:\nload_in_8bit: false\nsample_packing: false\nwandb_project:\nspecial_tokens:\n"
+    assert load_config(write(tmp_path, text)) == load_config(write(tmp_path, SMALLEST))
+
+
+def test_values_that_make_no_sense_name_key_value_and_meaning(tmp_path):
+    message = problem(tmp_path, SMALLEST + "vllm:\n  port: 99999\n")
+    assert "line 6: vllm.port: 99999 cannot be used." in message
+    assert "Port that the service listens on" in message
+    assert "colocate" not in problem(tmp_path, SMALLEST + "trl:\n  loss_type: bnpo\n")
+    assert "Write `vllm_mode: server`" in problem(tmp_path, SMALLEST + "trl:\n  vllm_mode: colocate\n")
+
+
+def test_overrides_win_and_their_mistakes_are_told_as_typed(tmp_path):
+    path = write(tmp_path, SMALLEST + "trl:\n  beta: 0.5\n")
+    config = load_config(path, parse_overrides(["--trl.beta", "0.01", "--vllm.port=8001", "--learning-rate", "1e-5"]))
+    assert (config.trl.beta, config.vllm.port, config.learning_rate) == (0.01, 8001, 1e-5)
+    assert "command line, --trl.betta: unknown key" in problem(tmp_path, SMALLEST, "--trl.betta", "1")
+
+
+def test_numbers_in_scientific_notation_are_numbers(tmp_path):
+    assert load_config(write(tmp_path, SMALLEST + "learning_rate: 1e-5\n")).learning_rate == 1e-5
+
+
+def test_keys_that_contradict_each_other_are_refused(tmp_path):
+    assert "keep one" in problem(tmp_path, SMALLEST + "save_steps: 5\nsaves_per_epoch: 2\n")
+    assert "one per function" in problem(
+        tmp_path, SMALLEST + "trl:\n  reward_funcs: [a.b, a.c]\n  reward_weights: [1.0]\n"
+    )
+    assert "raise it, or lower trl.max_prompt_length to 44" in problem(
+        tmp_path, SMALLEST + "vllm:\n  max_model_len: 300\ntrl:\n  max_completion_length: 256\n"
+    )
+
+
+def test_zero_dot_zero_dot_zero_dot_zero_means_this_machine_to_the_learner(tmp_path):
+    config = load_config(write(tmp_path, SMALLEST + "trl:\n  vllm_server_host: 0.0.0.0\n  vllm_server_port: 9000\n"))
+    assert config.base_url == "http://127.0.0.1:9000"
+
+
+def test_the_documented_gsm8k_batch_sizes_are_solved_not_rejected():
+    config = load_config(ROOT / "examples" / "gsm8k" / "gsm8k.yaml")
+    defaults = config.model_copy(update={"micro_batch_size": 1, "gradient_accumulation_steps": 1})
+    plan = make_plan(defaults, 1)
+    assert (plan.num_generations, plan.gradient_accumulation_steps, plan.prompts_per_step) == (4, 4, 1)
+    assert "gradient_accumulation_steps is 4 instead of 1" in plan.notes[0]
+
+
+@given(
+    generations=st.integers(2, 32),
+    micro=st.integers(1, 64),
+    accumulation=st.integers(1, 16),
+    processes=st.integers(1, 8),
+)
+def test_a_step_always_holds_whole_groups_and_never_less_than_asked(generations, micro, accumulation, processes):
+    config = Config.model_validate(
+        {
+            "base_model": "m",
+            "rl": "grpo",
+            "datasets": [{"path": "d"}],
+            "micro_batch_size": micro,
+            "gradient_accumulation_steps": accumulation,
+            "trl": {"num_generations": generations},
+        }
+    )
+    plan = make_plan(config, processes)
+    assert plan.completions_per_step % generations == 0
+    assert plan.completions_per_step == micro * processes * plan.gradient_accumulation_steps
+    assert accumulation <= plan.gradient_accumulation_steps < accumulation + generations
+
+
+def test_a_generation_batch_size_that_splits_a_group_names_the_nearest_that_do_not(tmp_path):
+    config = load_config(write(tmp_path, SMALLEST + "trl:\n  generation_batch_size: 10\n"))
+    with pytest.raises(ConfigError, match="Write 8 or 16"):
+        make_plan(config, 1)
+
+
+def test_the_configuration_reference_is_fresh():
+    assert (ROOT / "docs" / "configuration.md").read_text() == render(), "type: make docs"
+
+
+@given(st.lists(st.one_of(st.text("abc", min_size=1), st.integers(0, 3)), min_size=1, max_size=5))
+def test_key_paths_print_without_loss(path):
+    text = dotted(tuple(path))
+    assert all(str(part) in text for part in path)
