@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from rlx.learner.advantages import ScaleRewards, group_advantages
 from torch import Tensor, nan, tensor
+
+from rlx.learner.advantages import ScaleRewards, group_advantages
 
 ONE = tensor([1.0])
 SCALES: tuple[ScaleRewards, ...] = ("group", "batch", "none")

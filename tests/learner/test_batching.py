@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from rlx.learner.batching import Sample, collate, split
 
 

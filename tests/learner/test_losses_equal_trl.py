@@ -14,14 +14,15 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from rlx.learner.advantages import Advantages, group_advantages
-from rlx.learner.batching import Sample, collate, split
-from rlx.learner.logprobs import completion_logprobs
-from rlx.learner.losses import MAXIMA, MEANS, LossMetrics, LossOptions, policy_loss, token_weights
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import split_tensor_dict
+
+from rlx.learner.advantages import Advantages, group_advantages
+from rlx.learner.batching import Sample, collate, split
+from rlx.learner.logprobs import completion_logprobs
+from rlx.learner.losses import MAXIMA, MEANS, LossMetrics, LossOptions, policy_loss, token_weights
 
 GROUP, B, VOCAB, EOS, MAX_LENGTH, TEMPERATURE = 4, 16, 40, 1, 9, 0.7
 REWARD_WEIGHTS = [1.0, 0.5]
