@@ -34,11 +34,11 @@ def check_main(config: Config, num_processes: int) -> int:
     row = _check_data(config, found)
     _check_rewards(config, row, found)
     for line in found.lines:
-        console.print(f"ok    {line}", markup=False)
+        console.print(f"ok    {line}", markup=False, soft_wrap=True)
     for line in (*plan.notes, *found.unchecked):
-        console.print(f"note  {line}", markup=False)
+        console.print(f"note  {line}", markup=False, soft_wrap=True)
     for error in found.errors:
-        console.print(f"error {error}", markup=False)
+        console.print(f"error {error}", markup=False, soft_wrap=True)
     if found.errors:
         return found.errors[0].exit_code
     console.print(_plan_table(config, num_processes))

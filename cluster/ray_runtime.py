@@ -1,0 +1,164 @@
+"""The Ray that the service runs on: started here, or joined where RAY_ADDRESS is set.
+
+A Ray that we start lives on this machine, gets the last N GPUs only, and ends with us. Of a cluster that we joined
+we only take a placement group; the actors on it end with our connection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+
+from rlx.cluster.layout import Inventory, Layout, plan_layout, this_machine, too_few_devices
+from rlx.config import Config
+from rlx.errors import ConfigError, ServiceError, ServiceUnavailable
+from rlx.processes import descendants, end_processes, free_port
+
+PLACEMENT_TIMEOUT_S = 60.0
+_WAIT_SLICE_S = 1.0
+_STOP_GRACE_S = 5.0
+_ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+# Ray announces each time that it asks for its token (~/.ray/auth_token), which is what we want.
+logging.getLogger("ray").setLevel(logging.ERROR)
+
+
+class RayRuntime:
+    """A connection to Ray with one placement group: a bundle per engine. `start` → `reserve` → `stop`."""
+
+    def __init__(self, config: Config):
+        self.layout: Layout | None = None
+        self.group: PlacementGroup | None = None
+        self.dashboard_url = ""
+        self._config = config
+        self._temp_dir: Path | None = None
+        self._before: dict[int, int] = {}
+
+    def start(self) -> None:
+        """Start or join Ray. Blocks for 3 to 10 seconds. Raises ConfigError, ServiceError or ServiceUnavailable."""
+        self._before = descendants(os.getpid())
+        address = os.environ.get("RAY_ADDRESS", "").strip()
+        if address in ("", "local"):
+            self._start_local()
+        else:
+            self._join(address)
+
+    async def reserve(self, timeout_s: float = PLACEMENT_TIMEOUT_S) -> None:
+        """Reserve the engines' devices; ServiceUnavailable says what is missing when they are not free in time."""
+        assert self.layout is not None, "start comes first"
+        self.group = placement_group(self.layout.bundles, strategy="PACK", name="rlx-rollout")
+        slices = max(1, round(timeout_s / _WAIT_SLICE_S))
+        for _ in range(slices):
+            if await asyncio.to_thread(self.group.wait, timeout_s / slices):
+                return
+        resource = self.layout.resource
+        free, total = (counts.get(resource, 0.0) for counts in (ray.available_resources(), ray.cluster_resources()))
+        raise ServiceUnavailable(
+            f"{self.layout.describe()} could not be reserved in the Ray cluster within {timeout_s:g} s: {free:g} of its "
+            f"{total:g} {resource}s are free (an engine's must be on one node). Wait for the other jobs, or lower "
+            "vllm.data_parallel_size."
+        )
+
+    def stop(self) -> None:
+        """Give everything back: placement group, connection, and the Ray that was started here. Idempotent."""
+        if not ray.is_initialized():
+            return
+        if self.group is not None:
+            remove_placement_group(self.group)
+            self.group = None
+        self._shutdown()
+        if self._temp_dir is not None:
+            shutil.rmtree(self._temp_dir, ignore_errors=True)
+
+    def _start_local(self) -> None:
+        inventory = this_machine()
+        layout = plan_layout(inventory, self._config)
+        cluster = self._config.cluster
+        for name, value in _ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        # Ray's sockets live below it, and a socket's path may have 107 characters.
+        self._temp_dir = Path(tempfile.mkdtemp(prefix="rlx-", dir="/tmp"))
+        with _visible_gpus(layout.service_gpus):
+            try:
+                context = ray.init(
+                    address="local",
+                    num_cpus=inventory.cpus,
+                    num_gpus=len(layout.service_gpus),
+                    include_dashboard=cluster.dashboard,
+                    dashboard_host="127.0.0.1",
+                    dashboard_port=free_port("127.0.0.1", cluster.dashboard_port) if cluster.dashboard else None,
+                    object_store_memory=cluster.object_store_mib * 2**20,
+                    logging_level="error",
+                    _temp_dir=str(self._temp_dir),
+                )
+            except (RuntimeError, OSError, ValueError) as error:
+                self._shutdown()
+                logs = f"{self._temp_dir}/session_latest/logs"
+                raise ServiceError(f"Ray did not start: {_first_line(error)} Its logs: {logs}") from error
+        self.layout = layout
+        self.dashboard_url = _url(context.dashboard_url)
+
+    def _join(self, address: str) -> None:
+        if address.startswith("ray://"):
+            raise ConfigError(
+                f"RAY_ADDRESS={address}: Ray's client protocol is not supported. Run this on a node of the cluster "
+                "with RAY_ADDRESS=HOST:6379, or RAY_ADDRESS=auto for the cluster of this machine."
+            )
+        try:
+            context = ray.init(address=address, logging_level="error")
+        except (RuntimeError, OSError, ValueError) as error:
+            self._shutdown()
+            raise ServiceUnavailable(
+                f"RAY_ADDRESS={address}: no Ray cluster could be joined there ({_first_line(error)}). Start one with "
+                "`ray start --head`, or unset RAY_ADDRESS and rlx starts its own."
+            ) from error
+        self.layout = _plan_on_cluster(self._config, address)
+        self.dashboard_url = _url(context.dashboard_url)
+
+    def _shutdown(self) -> None:
+        """Disconnect; then nothing runs below this process that did not run before `start`."""
+        started = {pid: since for pid, since in descendants(os.getpid()).items() if pid not in self._before}
+        ray.shutdown()
+        end_processes(started, _STOP_GRACE_S)
+
+
+def _plan_on_cluster(config: Config, address: str) -> Layout:
+    """The layout on the nodes of the joined cluster; Ray chooses which, an engine's devices are all on one."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus = [int(node.get("GPU", 0)) for node in nodes]
+    cpus = [int(node.get("CPU", 0)) for node in nodes]
+    place = f"the Ray cluster at {address} ({len(nodes)} node{'s' if len(nodes) > 1 else ''})"
+    layout = plan_layout(Inventory(tuple(str(i) for i in range(sum(gpus))), sum(cpus), place), config)
+    counts = gpus if layout.resource == "GPU" else cpus
+    if sum(count // layout.devices_per_engine for count in counts) < layout.num_engines:
+        raise too_few_devices(config, layout.resource, max(counts), f"the largest node of {place}")
+    return layout
+
+
+@contextmanager
+def _visible_gpus(names: tuple[str, ...]) -> Iterator[None]:
+    """Ray's processes inherit CUDA_VISIBLE_DEVICES, and hand out what it names."""
+    saved = os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names)
+    try:
+        yield
+    finally:
+        del os.environ["CUDA_VISIBLE_DEVICES"]
+        if saved is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = saved
+
+
+def _url(address: str | None) -> str:
+    return f"http://{address}" if address else ""
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

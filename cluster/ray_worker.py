@@ -1,0 +1,162 @@
+"""A rollout worker as the gateway sees it: `rlx.rollout.worker.Worker` over the Ray actor of `rollout_actor`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from rlx.cluster.calls import call, stream
+from rlx.cluster.ray_runtime import RayRuntime
+from rlx.cluster.rollout_actor import Place, RolloutActor
+from rlx.errors import ServiceUnavailable
+from rlx.rollout.engine import Engine
+from rlx.rollout.worker import WorkerStatus
+from rlx.wire import Completion, Sampling, WeightManifest
+
+STATUS_TIMEOUT_S = 15.0
+CREATE_TIMEOUT_S = 90.0
+CLOSE_TIMEOUT_S = 15.0
+_CONCURRENCY = 1024
+
+
+class WeightParcel:
+    """The newest weights in Ray's object store, put there once for the workers of all other nodes."""
+
+    def __init__(self) -> None:
+        self._fingerprint = ""
+        self._ref: ray.ObjectRef[np.ndarray] | None = None
+
+    def of(self, manifest: WeightManifest, path: str) -> ray.ObjectRef[np.ndarray]:
+        if self._ref is None or self._fingerprint != manifest.fingerprint:
+            self._ref = ray.put(np.memmap(path, dtype=np.uint8, mode="r"))
+            self._fingerprint = manifest.fingerprint
+        return self._ref
+
+
+class RayWorker:
+    """Engine `index` of the placement group. `start` makes its actor, also again after it died."""
+
+    def __init__(
+        self,
+        index: int,
+        build_engine: Callable[[], Engine],
+        *,
+        runtime: RayRuntime,
+        log_dir: Path,
+        parcel: WeightParcel,
+    ):
+        self.name = f"rlx-rollout-{index}"
+        self.phase = "waiting"
+        self.log = log_dir / f"{self.name}.log"
+        self._index = index
+        self._build_engine = build_engine
+        self._runtime = runtime
+        self._parcel = parcel
+        self._actor: Any = None
+        self._place: Place | None = None
+        self._phase_since = time.monotonic()
+
+    async def start(self) -> None:
+        """Make the actor, load the engine. The caller bounds the loading."""
+        assert self._runtime.layout is not None, "nothing is reserved yet"
+        self._enter("starting its process")
+        bundle = self._runtime.layout.bundles[self._index]
+        strategy = PlacementGroupSchedulingStrategy(self._runtime.group, placement_group_bundle_index=self._index)
+        self._actor = (
+            ray.remote(RolloutActor)
+            .options(
+                name=self.name,
+                num_cpus=bundle.get("CPU", 0),
+                num_gpus=bundle.get("GPU", 0),
+                max_concurrency=_CONCURRENCY,
+                max_restarts=0,
+                scheduling_strategy=strategy,
+            )
+            .remote(self.name, self._build_engine, str(self.log.absolute()))
+        )
+        self._place = await call(self._actor.place.remote(), self._who, CREATE_TIMEOUT_S)
+        self._enter("loading the model")
+        await self._call("start")
+        self._enter("ready")
+
+    async def status(self) -> WorkerStatus:
+        return await self._call("status", timeout_s=STATUS_TIMEOUT_S)
+
+    async def generate(self, request_id: str, prompt_ids: np.ndarray, n: int, sampling: Sampling) -> list[Completion]:
+        return await self._call("generate", request_id, prompt_ids, n, sampling)
+
+    async def prompt_logprobs(self, ids: np.ndarray) -> np.ndarray:
+        return await self._call("prompt_logprobs", ids)
+
+    async def announce(self, manifest: WeightManifest) -> None:
+        await self._call("announce", manifest)
+
+    async def commit(self, manifest: WeightManifest, path: str) -> str:
+        """On the gateway's node the file is read in place; to other nodes its bytes travel through Ray."""
+        if self._place is not None and self._place.node_id != ray.get_runtime_context().get_node_id():
+            return await self._call("commit_bytes", manifest, self._parcel.of(manifest, path))
+        return await self._call("commit", manifest, path)
+
+    async def openai(self, route: str, body: dict[str, Any]) -> dict[str, Any] | AsyncIterator[str]:
+        if not body.get("stream"):
+            return await self._call("openai", route, body)
+        items = self._alive().openai_stream.options(num_returns="streaming").remote(route, body)
+        lines = stream(items, self._who, self._hint)
+        first = await anext(lines, None)
+        if isinstance(first, dict):
+            await lines.aclose()
+            return first
+        return _lines(first, lines)
+
+    async def close(self) -> None:
+        """Close the engine, then end the actor's process; idempotent."""
+        actor, self._actor = self._actor, None
+        if actor is None:
+            return
+        try:
+            await call(actor.close.remote(), self._who, CLOSE_TIMEOUT_S, self._hint)
+        except ServiceUnavailable:
+            pass  # it is dead already
+        finally:
+            ray.kill(actor)
+            self._enter("closed")
+
+    @property
+    def seconds_in_phase(self) -> float:
+        return time.monotonic() - self._phase_since
+
+    def _enter(self, phase: str) -> None:
+        self.phase, self._phase_since = phase, time.monotonic()
+
+    async def _call(self, method: str, *arguments: Any, timeout_s: float | None = None) -> Any:
+        """Without `timeout_s` the caller bounds the wait."""
+        return await call(getattr(self._alive(), method).remote(*arguments), self._who, timeout_s, self._hint)
+
+    def _alive(self) -> Any:
+        if self._actor is None:
+            raise ServiceUnavailable(f"{self._who} is not running")
+        return self._actor
+
+    @property
+    def _who(self) -> str:
+        return f"rollout worker {self.name}"
+
+    @property
+    def _hint(self) -> str:
+        node = f" on {self._place.node}" if self._place is not None else ""
+        return f"; its log{node}: {self.log}"
+
+
+async def _lines(first: str | None, rest: AsyncGenerator[str, None]) -> AsyncIterator[str]:
+    async with aclosing(rest):
+        if first is not None:
+            yield first
+        async for line in rest:
+            yield line

@@ -1,0 +1,155 @@
+"""`rlx vllm-serve`: puts the service together, runs it until a signal, and takes it apart again.
+
+port ─► gateway answers "loading" ─► Ray ─► placement group ─► actors: engines and rewards ─► ready
+SIGINT or SIGTERM ─► drain ─► actors ─► placement group ─► Ray ─► port; a second signal ends everything at once
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable, Coroutine
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rlx.cluster import watchdog
+from rlx.cluster.engines import EngineFactory, vllm_engine
+from rlx.cluster.progress import Say, say, shown
+from rlx.cluster.ray_runtime import RayRuntime
+from rlx.cluster.ray_scorer import RayScorer
+from rlx.cluster.ray_worker import RayWorker, WeightParcel
+from rlx.config import Config
+from rlx.envs.single_turn import single_turn
+from rlx.errors import ConfigError
+from rlx.rollout.app import create_app
+from rlx.rollout.auth import TOKEN_VARIABLE, service_token
+from rlx.rollout.gateway import bind, serving
+from rlx.rollout.service import RolloutService
+
+_LOOK_INTERVAL_S = 2.0
+
+
+def serve_main(config: Config, *, engine: EngineFactory = vllm_engine) -> int:
+    """Run the service until it is told to stop. Returns the exit status; raises rlx.errors, with everything closed."""
+    return asyncio.run(serve(config, engine=engine))
+
+
+async def serve(config: Config, *, engine: EngineFactory = vllm_engine, on_progress: Say = say) -> int:
+    """The same inside an event loop. 0 after a drain, 128 + signal when stopped while loading."""
+    token = _token(config)
+    listener = bind(config.vllm.host, config.vllm.port)
+    stop = _Stop(on_progress)
+    watchdog.guard()
+    runtime = RayRuntime(config)
+    log_dir, parcel = Path(config.output_dir) / "logs", WeightParcel()
+    workers = [
+        RayWorker(index, partial(engine, config, index), runtime=runtime, log_dir=log_dir, parcel=parcel)
+        for index in range(config.vllm.data_parallel_size)
+    ]
+    service = RolloutService(
+        list(workers),
+        RayScorer(config),
+        single_turn,
+        config.service,
+        model=config.base_model,
+        start_timeout_s=config.vllm.start_timeout,
+    )
+    app = create_app(service, token, require_token_for_data=config.vllm.needs_token)
+    async with serving(app, listener) as url:
+        try:
+            if not await stop.or_done(_load(runtime, service, workers, stop, on_progress)):
+                return 128 + stop.signal
+            dashboard = f", dashboard {runtime.dashboard_url}" if runtime.dashboard_url else ""
+            on_progress(
+                f"ready: {url}, {_count(len(workers), 'worker')}, version {service.fleet.weight_version}{dashboard}"
+            )
+            await stop.or_done(_report_deaths(service, on_progress))
+            on_progress("stopping: waiting for the running groups")
+            return 0
+        finally:
+            await service.drain(config.service.drain_timeout)
+            await _to_its_end(runtime.stop)
+            on_progress("stopped")
+
+
+async def _load(runtime: RayRuntime, service: RolloutService, workers: list[RayWorker], stop: _Stop, say: Say) -> None:
+    say("starting Ray")
+    await _to_its_end(runtime.start)
+    stop.listen()
+    assert runtime.layout is not None
+    say(f"reserving {runtime.layout.describe()}")
+    await runtime.reserve()
+    async with shown(workers, say):
+        await service.start()
+
+
+async def _report_deaths(service: RolloutService, say: Say) -> None:
+    """Says once when a worker goes down or comes back. Runs until it is cancelled."""
+    states = {member.name: member.state for member in service.fleet.members}
+    while True:
+        await asyncio.sleep(_LOOK_INTERVAL_S)
+        for member in service.fleet.members:
+            if member.state != states[member.name]:
+                say(f"{member.name}: {member.state}{f': {member.cause}' if member.cause else ''}")
+                states[member.name] = member.state
+
+
+class _Stop:
+    """SIGINT and SIGTERM: the first asks for an orderly stop, the second ends the process; the watchdog ends the rest."""
+
+    def __init__(self, say: Say):
+        self.signal = 0
+        self._say = say
+        self._asked = asyncio.Event()
+        self.listen()
+
+    def listen(self) -> None:
+        """Take the signals; once more after Ray has started, as it puts a handler of its own over SIGTERM's."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, self._receive, number)
+
+    async def or_done(self, work: Coroutine[Any, Any, None]) -> bool:
+        """Run `work` until it is done, or cancel it at a signal; whether it was done."""
+        task, asked = asyncio.create_task(work), asyncio.create_task(self._asked.wait())
+        try:
+            await asyncio.wait([task, asked], return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                task.result()
+                return True
+            return False
+        finally:
+            task.cancel()
+            asked.cancel()
+            await asyncio.gather(task, asked, return_exceptions=True)
+
+    def _receive(self, number: int) -> None:
+        if self.signal:
+            self._say("stopping at once")
+            os._exit(128 + number)
+        self.signal = number
+        self._asked.set()
+
+
+async def _to_its_end(function: Callable[[], None]) -> None:
+    """Run a blocking function in a thread; a cancellation waits for it, as it cannot be interrupted half-way."""
+    task = asyncio.ensure_future(asyncio.to_thread(function))
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise
+
+
+def _token(config: Config) -> str:
+    if config.vllm.needs_token and not os.environ.get(TOKEN_VARIABLE, "").strip():
+        raise ConfigError(
+            f"{config.path}: vllm.host is {config.vllm.host}, which other machines can reach. Set the environment "
+            f"variable {TOKEN_VARIABLE} to a secret, here and for `rlx train`, or write `vllm.host: 127.0.0.1`."
+        )
+    return service_token()
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
