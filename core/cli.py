@@ -13,6 +13,7 @@ import typer
 from rlx import __version__
 from rlx.config import Config, load_config, parse_overrides
 from rlx.errors import RlxError
+from rlx.hub import settle_hub
 
 _OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 _EPILOG = "Any key of the YAML can be given here too: --trl.beta 0.01 --vllm.port 8001 --learning_rate 1e-5"
@@ -103,10 +104,12 @@ def _serve_options(arguments: list[str]) -> list[str]:
 
 def _load(path: Path, arguments: list[str]) -> Config:
     try:
-        return load_config(path, parse_overrides(arguments))
+        config = load_config(path, parse_overrides(arguments))
     except RlxError as error:
         _fail(error)
         raise typer.Exit(error.exit_code) from None
+    settle_hub(config)
+    return config
 
 
 def _guarded(body: Callable[[], int]) -> int:

@@ -173,7 +173,9 @@ def call_user(label: str, function: Callable[..., Any], *arguments: Any, **keywo
     try:
         return function(*arguments, **keywords)
     except Exception as error:  # boundary to user code: anything may come out of it
-        raise UserCodeError(f"{label} raised {type(error).__name__}: {error}\n{user_traceback(error)}") from error
+        raise UserCodeError(
+            f"{label} raised {type(error).__name__}: {error}\n{user_traceback(error, hide=[__file__])}"
+        ) from error
 
 
 def _tokenize(config: Config, rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, key: str) -> PromptSet:

@@ -30,7 +30,7 @@ from rlx.learner.stream import RolloutStream, StepBatch
 from rlx.learner.trainer import GRPOTrainer, StepClock, training_arguments
 from rlx.processes import die_with_parent
 from rlx.rollout.auth import service_token
-from rlx.rollout.client import RolloutClient
+from rlx.rollout.client import ClientTimeouts, RolloutClient
 from rlx.wire import GroupResult
 
 
@@ -125,10 +125,16 @@ class _Recorder:
 
 
 def _connect(config: Config, console: Console) -> RolloutClient:
-    client = RolloutClient.for_config(config, service_token())
+    client = RolloutClient(config.base_url, service_token(), ClientTimeouts(publish_s=config.service.publish_timeout))
+    told = ""
 
     def waiting(message: str) -> None:
-        console.print(message, highlight=False, markup=False)
+        nonlocal told
+        if message != told:
+            console.print(f"waiting for the rollout service: {message}", highlight=False, markup=False)
+        if not told:
+            console.print(f"    (to start it, type in another terminal: rlx vllm-serve {config.path})", highlight=False)
+        told = message
 
     client.wait_until_ready(config.trl.vllm_server_timeout, waiting)
     return client

@@ -39,7 +39,7 @@ class Publisher:
         """Every worker serves these parameters when this returns. Raises WeightSyncError or DeadlineExceeded."""
         started = time.perf_counter()
         if self.version is None:
-            self._floor = max(self._floor, self._client.weight_version())
+            self._floor = max(self._floor, int(self._client.workers()["weight_version"]))
         version = (self.version if self.version is not None else self._floor) + 1
         manifest, payload = pack(model, self._dtype, version)
         times = self._client.publish(manifest, payload)
