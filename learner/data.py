@@ -131,6 +131,8 @@ def _files(config: Config, section: DatasetSection, key: str, local: str | None)
             raise DatasetError(
                 f"{config.path}: {key}: there is no file {name!r} next to the YAML ({config.base_dir}) or in the current folder."
             )
+        if path.stat().st_size == 0:
+            raise DatasetError(f"{config.path}: {key}: the file {path} is empty.")
         found.append(str(path))
     if not found and local is not None and local.startswith((".", "/", "~")) and not Path(local).exists():
         raise DatasetError(f"{config.path}: {key}.path: there is no file or folder {local!r}.")

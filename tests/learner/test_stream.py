@@ -1,0 +1,117 @@
+"""The prompt order is a function of seed and step; every epoch visits every prompt."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlx.config import Config, make_plan
+from rlx.errors import ServiceError
+from rlx.learner.data import Prompt
+from rlx.learner.ranks import Ranks
+from rlx.learner.stream import PromptOrder, RolloutStream, StepBatch, requests_of, sampling_of
+from rlx.wire import Completion, GroupResult, RewardOutcome
+
+
+@given(
+    num_prompts=st.integers(1, 50),
+    per_step=st.integers(1, 20),
+    seed=st.integers(0, 5),
+    shuffle=st.booleans(),
+    epoch=st.integers(0, 3),
+)
+def test_every_epoch_visits_every_prompt_and_fills_up_its_last_step(num_prompts, per_step, seed, shuffle, epoch):
+    order = PromptOrder(num_prompts, per_step, seed, shuffle)
+    first = epoch * order.steps_per_epoch
+    seen = Counter(i for step in range(first, first + order.steps_per_epoch) for i in order.at(step))
+    assert set(seen) == set(range(num_prompts))
+    assert sum(seen.values()) == order.steps_per_epoch * per_step < num_prompts + per_step
+
+
+def test_the_order_depends_on_seed_and_epoch_only():
+    order = PromptOrder(100, 10, seed=1, shuffle=True)
+    assert order.at(3) == PromptOrder(100, 10, seed=1, shuffle=True).at(3)
+    assert order.at(3) != PromptOrder(100, 10, seed=2, shuffle=True).at(3)
+    assert order.at(3) != order.at(13)
+    assert PromptOrder(100, 10, seed=1, shuffle=False).at(1) == list(range(10, 20))
+
+
+def config(**trl: object) -> Config:
+    return Config.model_validate(
+        {
+            "base_model": "m",
+            "rl": "grpo",
+            "datasets": [{"path": "d"}],
+            "micro_batch_size": 2,
+            "trl": {"num_generations": 4, "max_completion_length": 8, **trl},
+        }
+    )
+
+
+def group(key: str, rewards: list[float], lengths: list[int], finish: str = "stop") -> GroupResult:
+    completions = tuple(
+        Completion(np.arange(n, dtype=np.int32), np.full(n, -0.5, np.float32), ((1, n),), finish, "x") for n in lengths
+    )
+    return GroupResult(key, completions, (RewardOutcome("r", np.array(rewards, np.float32), 0.1),), "w", 0.1, 0.1)
+
+
+def make_stream(settings: Config, fetch, on_step=lambda batch: None, steps: int = 2) -> RolloutStream:
+    prompts = [Prompt(f"p{i}", np.array([1, 2, 3], np.int32), {}) for i in range(3)]
+    return RolloutStream(settings, make_plan(settings), Ranks(10), prompts, lambda: 0, steps, fetch, on_step)
+
+
+def test_a_step_becomes_micro_batches_with_the_groups_advantages():
+    seen: list[StepBatch] = []
+    rewards = [1.0, 0.0, 0.0, 1.0]
+    settings = config()
+    stream = make_stream(settings, lambda step, prompts: ([group(f"{step}", rewards, [1, 2, 3, 4])], {}), seen.append)
+    batches = [item["micro_batch"] for item in stream]
+    assert [b.step for b in seen] == [0, 1]
+    assert len(batches) == 2 * make_plan(settings).gradient_accumulation_steps == 4
+    of_first = batches[:2]
+    assert sum(b.lengths_B.sum().item() for b in of_first) == 10
+    advantage_of_length = {
+        int(n): float(b.advantages_T[b.row_T == row][0]) for b in of_first for row, n in enumerate(b.lengths_B)
+    }
+    expected = 0.5 / (torch.tensor(rewards).std().item() + 1e-4)
+    assert {n: round(a, 4) for n, a in advantage_of_length.items()} == {
+        1: round(expected, 4), 2: round(-expected, 4), 3: round(-expected, 4), 4: round(expected, 4)
+    }  # fmt: skip
+    assert torch.cat([b.weights_T for b in of_first]).sum().item() == pytest.approx(1.0)
+
+
+def test_truncated_completions_can_be_left_out_of_the_loss():
+    settings = config(mask_truncated_completions=True)
+    stream = make_stream(settings, lambda s, p: ([group("0", [1.0, 0, 0, 1], [8, 8, 8, 8], "length")], {}), steps=1)
+    assert sum(item["micro_batch"].lengths_B.sum().item() for item in stream) == 0
+
+
+def test_the_error_of_the_service_ends_the_stream_unchanged():
+    def fetch(step, prompts):
+        raise ServiceError("worker rlx-rollout-0 died")
+
+    with pytest.raises(ServiceError, match="^worker rlx-rollout-0 died$"):
+        list(make_stream(config(), fetch))
+
+
+def test_requests_carry_the_sampling_of_the_yaml_and_keys_that_never_repeat():
+    settings = config(temperature=0.7, top_k=-1, generation_kwargs={"stop": "END", "min_tokens": 2})
+    sampling = sampling_of(settings)
+    assert (sampling.temperature, sampling.top_k, sampling.stop, sampling.extra) == (
+        0.7,
+        0,
+        ("END",),
+        {"min_tokens": 2},
+    )
+    prompts = [Prompt("p", np.array([1], np.int32), {"answer": "2"})] * 3
+    keys = [
+        request.key
+        for step, label in ((0, ""), (0, "eval"), (1, ""))
+        for request in requests_of(settings, prompts, "run", step, label, 4)
+    ]
+    assert len(set(keys)) == 9
