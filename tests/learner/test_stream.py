@@ -95,7 +95,7 @@ def test_the_error_of_the_service_ends_the_stream_unchanged():
     def fetch(step, prompts):
         raise ServiceError("worker rlx-rollout-0 died")
 
-    with pytest.raises(ServiceError, match="^worker rlx-rollout-0 died$"):
+    with pytest.raises(ServiceError, match=r"^worker rlx-rollout-0 died$"):
         list(make_stream(config(), fetch))
 
 
