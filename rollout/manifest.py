@@ -1,0 +1,88 @@
+"""What a weight update may contain: the tensors of a checkpoint, and the check of an announcement against them."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+
+import xxhash
+
+from rlx.errors import ModelError, WeightSyncError
+from rlx.wire import TensorSpec, WeightManifest
+
+_LOADABLE = {"F32", "BF16", "F16"}
+_TIED_HEAD = "lm_head.weight"
+
+
+def fingerprint(data: bytes | memoryview) -> str:
+    """xxh3-128 of the bytes, in hex."""
+    return xxhash.xxh3_128_hexdigest(data)
+
+
+def read_layout(data: bytes | memoryview) -> dict[str, tuple[TensorSpec, int, int]]:
+    """name → (spec, first byte, end byte) of each tensor in the bytes of a safetensors file."""
+    size = struct.unpack("<Q", data[:8])[0]
+    header = json.loads(bytes(data[8 : 8 + size]))
+    header.pop("__metadata__", None)
+    start = 8 + size
+    return {
+        name: (
+            TensorSpec(name, entry["dtype"], tuple(entry["shape"])),
+            start + entry["data_offsets"][0],
+            start + entry["data_offsets"][1],
+        )
+        for name, entry in header.items()
+    }
+
+
+def checkpoint_specs(folder: Path) -> tuple[TensorSpec, ...]:
+    """Every tensor of the safetensors files in a model's folder."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ModelError(f"{folder} has no *.safetensors file; save the model with save_pretrained to get one")
+    specs = []
+    for file in files:
+        with file.open("rb") as stream:
+            (size,) = struct.unpack("<Q", head := stream.read(8))
+            specs += [spec for spec, _, _ in read_layout(head + stream.read(size)).values()]
+    return tuple(specs)
+
+
+def check_file(manifest: WeightManifest, path: Path) -> None:
+    """WeightSyncError unless `path` is a safetensors file with exactly the announced tensors. Reads its header only."""
+    label = f"weights {manifest.version}"
+    try:
+        with path.open("rb") as stream:
+            (size,) = struct.unpack("<Q", head := stream.read(8))
+            found = {spec for spec, _, _ in read_layout(head + stream.read(min(size, manifest.nbytes))).values()}
+    except (OSError, struct.error, ValueError) as error:
+        raise WeightSyncError(f"{label}: {path} cannot be read as safetensors: {error}") from error
+    if odd := sorted(found ^ set(manifest.tensors), key=lambda t: t.name):
+        raise WeightSyncError(f"{label}: {path} does not hold the tensors announced, the first is {odd[0].name!r}")
+
+
+def check_manifest(manifest: WeightManifest, expected: Iterable[TensorSpec], tied: bool, current_version: int) -> None:
+    """WeightSyncError unless the update is newer than `current_version` and brings exactly the `expected` tensors.
+
+    A tied model's LM head is the embedding, so it may be sent or not. Any floating dtype that can be converted is fine.
+    """
+    label = f"weights {manifest.version}"
+    if manifest.version <= current_version:
+        raise WeightSyncError(f"{label}: version {current_version} is already serving; send a greater one")
+    want = {t.name: t.shape for t in expected if not (tied and t.name == _TIED_HEAD)}
+    have = {t.name: t.shape for t in manifest.tensors if not (tied and t.name == _TIED_HEAD)}
+    if unknown := sorted(have.keys() - want.keys()):
+        raise WeightSyncError(f"{label}: {len(unknown)} tensors are not in this model, the first is {unknown[0]!r}")
+    if missing := sorted(want.keys() - have.keys()):
+        raise WeightSyncError(f"{label}: {len(missing)} tensors of this model are missing, the first is {missing[0]!r}")
+    for tensor in manifest.tensors:
+        if tensor.name in want and tensor.shape != want[tensor.name]:
+            raise WeightSyncError(
+                f"{label}: {tensor.name!r} has the shape {tensor.shape}, this model needs {want[tensor.name]}"
+            )
+        if tensor.dtype not in _LOADABLE:
+            raise WeightSyncError(
+                f"{label}: {tensor.name!r} has the dtype {tensor.dtype}, send one of {sorted(_LOADABLE)}"
+            )

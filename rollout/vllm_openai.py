@@ -1,0 +1,56 @@
+"""vLLM's own OpenAI serving classes around our engine, without a web server."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+from pydantic import ValidationError
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+from vllm.entrypoints.openai.models.protocol import BaseModelPath
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.renderers.online_renderer import OnlineRenderer
+from vllm.v1.engine.async_llm import AsyncLLM
+
+
+class OpenAIFront:
+    """Serves `completions` and `chat/completions`. `seeds` False refuses a request's seed."""
+
+    def __init__(self, llm: AsyncLLM, name: str, seeds: bool):
+        self._seeds = seeds
+        models = OpenAIServingModels(
+            engine_client=llm, base_model_paths=[BaseModelPath(name=name, model_path=llm.model_config.model)]
+        )
+        template = {"chat_template": None, "chat_template_content_format": "auto"}
+        renderer = OnlineRenderer(model_config=llm.model_config, renderer=llm.renderer, request_logger=None, **template)
+        common = {"models": models, "online_renderer": renderer, "request_logger": None}
+        self._chat = OpenAIServingChat(engine_client=llm, response_role="assistant", **template, **common)
+        self._completions = OpenAIServingCompletion(engine_client=llm, **common)
+
+    async def serve(self, route: str, body: dict[str, Any]) -> dict[str, Any] | AsyncIterator[str]:
+        """The response as JSON, or the server-sent-event lines of a stream."""
+        if body.get("seed") is not None and not self._seeds:
+            return _refusal(400, "`seed` is not supported on CPU engines (it kills vLLM's CPU build); remove it")
+        try:
+            if route == "chat/completions":
+                answer = await self._chat.create_chat_completion(ChatCompletionRequest(**body))
+            elif route == "completions":
+                answer = await self._completions.create_completion(CompletionRequest(**body))
+            else:
+                return _refusal(404, f"{route!r} is not served here; use completions or chat/completions")
+        except ValidationError as error:
+            first = error.errors()[0]
+            return _refusal(400, f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
+        except ValueError as error:
+            return _refusal(400, str(error))
+        if isinstance(answer, ErrorResponse):
+            return _refusal(answer.error.code, answer.error.message)
+        return answer if isinstance(answer, AsyncIterator) else answer.model_dump(mode="json")
+
+
+def _refusal(code: int, message: str) -> dict[str, Any]:
+    return {"error": {"code": code, "message": message}}

@@ -1,0 +1,49 @@
+"""A weight update in the steps of vLLM's weight-transfer protocol. `client` has AsyncLLM's methods for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rlx.wire import WeightManifest
+
+_TORCH_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+async def update_from_file(client: Any, manifest: WeightManifest, path: str) -> list[dict[str, Any]]:
+    """Have every worker load the file; their reports: applied, fingerprint, nbytes, version."""
+    info = {
+        "path": path,
+        "nbytes": manifest.nbytes,
+        "fingerprint": manifest.fingerprint,
+        "version": manifest.version,
+    }
+    await _update(client, info)
+    return await client.collective_rpc("rlx_weight_report")
+
+
+async def join_nccl(client: Any, init_info: dict[str, Any]) -> None:
+    """Join the trainer's NCCL group. Not yet run on GPUs."""
+    from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+    await client.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
+
+
+async def update_over_nccl(client: Any, manifest: WeightManifest) -> None:
+    """Receive the manifest's tensors, in its order, while the trainer broadcasts them. Not yet run on GPUs.
+
+    NCCL brings tensors, not bytes: there is no fingerprint to compare, and the parity probe is the only proof.
+    """
+    info = {
+        "names": [t.name for t in manifest.tensors],
+        "dtype_names": [_TORCH_DTYPES[t.dtype] for t in manifest.tensors],
+        "shapes": [list(t.shape) for t in manifest.tensors],
+    }
+    await _update(client, info)
+
+
+async def _update(client: Any, info: dict[str, Any]) -> None:
+    from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+    await client.start_weight_update()
+    await client.update_weights(WeightTransferUpdateRequest(update_info=info))
+    await client.finish_weight_update()
