@@ -9,6 +9,7 @@ views on the received bytes. JSON for people is the same objects through `to_jso
 from __future__ import annotations
 
 import json
+import operator
 import struct
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -18,6 +19,7 @@ import numpy as np
 
 CONTENT_TYPE = "application/x-rlx"
 _MAGIC = b"RLX1"
+_MALFORMED = (KeyError, TypeError, ValueError, OverflowError)
 _DTYPES: dict[str, np.dtype[Any]] = {"i4": np.dtype("<i4"), "f4": np.dtype("<f4"), "u1": np.dtype("u1")}
 
 
@@ -48,8 +50,8 @@ def decode_frame(frame: bytes | memoryview) -> tuple[dict[str, Any], dict[str, n
     (head_size,) = struct.unpack("<I", view[4:8])
     try:
         header = json.loads(bytes(view[8 : 8 + head_size]))
-        table = header.pop("blocks")
-    except (ValueError, KeyError, AttributeError) as error:
+        table = [(str(name), str(code), operator.index(count)) for name, code, count in header.pop("blocks")]
+    except (*_MALFORMED, AttributeError, RecursionError) as error:
         raise WireError(f"the header of the frame is not readable: {error}") from error
     offset, blocks = 8 + head_size, {}
     for name, code, count in table:
@@ -142,7 +144,7 @@ class GroupRequest:
                 step=int(body.get("step", 0)),
                 deadline_s=float(body.get("deadline_s", 600.0)),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except _MALFORMED as error:
             raise WireError(f"not a group request: {type(error).__name__}: {error}") from error
 
 
@@ -196,7 +198,7 @@ class GroupResult:
         head, blocks = decode_frame(frame)
         try:
             return GroupResult._assemble(head, blocks)
-        except (KeyError, TypeError, ValueError) as error:
+        except _MALFORMED as error:
             raise WireError(f"not a group result: {type(error).__name__}: {error}") from error
 
     @staticmethod
@@ -276,7 +278,7 @@ class WeightManifest:
         try:
             tensors = tuple(TensorSpec(t["name"], t["dtype"], tuple(t["shape"])) for t in body["tensors"])
             return WeightManifest(int(body["version"]), int(body["nbytes"]), str(body["fingerprint"]), tensors)
-        except (KeyError, TypeError, ValueError) as error:
+        except _MALFORMED as error:
             raise WireError(f"not a weight manifest: {type(error).__name__}: {error}") from error
 
 

@@ -17,20 +17,22 @@ class KeyConflict(ServiceError):
     """A key came back with another request."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Entry:
     digest: str
     task: asyncio.Task[GroupResult]
+    nbytes: int = 0
 
 
 class GroupStore:
-    """Consumes requests, produces results; holds `capacity` finished groups, the least recently asked for go first.
+    """Consumes requests, produces results; keeps at most `max_groups` finished groups of `max_bytes` together, the
+    least recently asked for go first.
 
     A group runs in a task of its own: it outlives the caller that submitted it. A failed one is forgotten.
     """
 
-    def __init__(self, capacity: int):
-        self._capacity = capacity
+    def __init__(self, max_groups: int, max_bytes: int):
+        self._max_groups, self._max_bytes = max_groups, max_bytes
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
 
     async def get(self, request: GroupRequest, run: Callable[[GroupRequest], Awaitable[GroupResult]]) -> GroupResult:
@@ -70,10 +72,18 @@ class GroupStore:
         if task.cancelled() or task.exception() is not None:
             del self._entries[key]
             return
-        surplus = len(self._entries) - self._capacity
-        finished = [k for k, entry in self._entries.items() if entry.task.done()] if surplus > 0 else []
-        for oldest in finished[:surplus]:
+        self._entries[key].nbytes = _nbytes(task.result())
+        finished = [(k, entry.nbytes) for k, entry in self._entries.items() if entry.task.done()]
+        groups, nbytes = len(finished), sum(size for _, size in finished)
+        for oldest, size in finished:
+            if groups <= self._max_groups and nbytes <= self._max_bytes:
+                break
             del self._entries[oldest]
+            groups, nbytes = groups - 1, nbytes - size
+
+
+def _nbytes(result: GroupResult) -> int:
+    return sum(c.ids.nbytes + c.logprobs.nbytes + len(c.text) for c in result.completions)
 
 
 def request_digest(request: GroupRequest) -> str:

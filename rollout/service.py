@@ -23,7 +23,7 @@ import numpy as np
 from rlx.config.sections import ServiceSection
 from rlx.errors import RlxError, ServiceUnavailable
 from rlx.rollout.deadline import deadline
-from rlx.rollout.fleet import Fleet
+from rlx.rollout.fleet import Fleet, Member
 from rlx.rollout.groups import GroupStore
 from rlx.rollout.weight_updates import WeightUpdates
 from rlx.rollout.weights_store import remove_leftovers
@@ -33,7 +33,7 @@ from rlx.wire import Completion, GroupRequest, GroupResult, WireError
 Episode = Callable[[Worker, GroupRequest], Awaitable[list[Completion]]]
 """What makes the completions of one group on one worker; `rlx.envs.single_turn` is the plain one."""
 
-KEPT_GROUPS = 4096
+KEPT_GROUPS, KEPT_BYTES = 4096, 2**30
 CLOSE_TIMEOUT_S = 20.0
 _REWARDS = "the reward functions"
 _log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class RolloutService:
         self.fleet = Fleet(workers, settings)
         self.weights = WeightUpdates(self.fleet, settings)
         self._scorer, self._episode, self._settings = scorer, episode, settings
-        self._groups = GroupStore(KEPT_GROUPS)
+        self._groups = GroupStore(KEPT_GROUPS, KEPT_BYTES)
         self._state, self._cause = "loading", ""
         self._born, self._start_timeout_s = time.monotonic(), start_timeout_s
         self._parts = [m.name for m in self.fleet.members] + [_REWARDS]
@@ -221,12 +221,13 @@ class RolloutService:
         members = [self.fleet.named(worker)] if worker else self.fleet.ready()
         if not members:
             raise ServiceUnavailable(f"no rollout worker is ready: {self.fleet.describe()}")
-        seconds, answers = self._settings.group_timeout, {}
-        for member in members:
-            async with deadline(seconds, lambda m=member: f"worker {m.name} did not answer within {seconds:g} s"):
-                with self.fleet.marking(member):
-                    answers[member.name] = await member.worker.prompt_logprobs(ids)
-        return answers
+        return {member.name: await self._prompt_logprobs(member, ids) for member in members}
+
+    async def _prompt_logprobs(self, member: Member, ids: np.ndarray) -> np.ndarray:
+        seconds = self._settings.group_timeout
+        async with deadline(seconds, lambda: f"worker {member.name} did not answer within {seconds:g} s"):
+            with self.fleet.marking(member):
+                return await member.worker.prompt_logprobs(ids)
 
 
 async def _hold_while_streaming(

@@ -1,0 +1,274 @@
+"""The learner's side of the rollout service: plain calls, each with a deadline that names who did not answer.
+
+    submit(request) ─► loop thread: at most `max_in_flight` POST /v1/rollouts ─► Future[GroupResult]
+                         lost connection ─► the same key again ─► the same result
+
+One event loop in a thread of its own serves all calls; it starts with the first one and ends with `close`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import json
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import httpx
+import numpy as np
+
+from rlx.errors import ServiceError, ServiceUnavailable
+from rlx.rollout.deadline import deadline
+from rlx.rollout.http_errors import raise_answer
+from rlx.wire import CONTENT_TYPE, GroupRequest, GroupResult, WeightManifest, decode_frame, encode_frame
+
+T = TypeVar("T")
+_PIECE = 2**20
+_RESUBMITS = 5
+_FIRST_PAUSE_S = 0.2
+_MARGIN_S = 10.0
+"""How long the client waits after the service's own deadline, so that the service's message arrives."""
+_HINT = "start it in another terminal: rlx vllm-serve <cfg.yaml>"
+
+
+@dataclass(frozen=True)
+class ClientTimeouts:
+    """Seconds: `call_s` for small requests, `publish_s` for each phase of a weight update, `connect_s` for TCP."""
+
+    call_s: float = 30.0
+    publish_s: float = 120.0
+    connect_s: float = 10.0
+
+
+@dataclass(frozen=True)
+class PublishTimes:
+    """Seconds of one weight update, as the learner sees them."""
+
+    announce_s: float
+    transfer_s: float
+    commit_s: float
+
+    @property
+    def total_s(self) -> float:
+        return self.announce_s + self.transfer_s + self.commit_s
+
+
+class RolloutClient:
+    def __init__(
+        self, base_url: str, token: str | None, timeouts: ClientTimeouts | None = None, max_in_flight: int = 256
+    ):
+        self.base_url = base_url.rstrip("/")
+        self._timeouts = timeouts or ClientTimeouts()
+        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self._max_in_flight = max_in_flight
+        self._start_lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._loop = asyncio.new_event_loop()
+        self._slots = asyncio.Semaphore(max_in_flight)
+        self._http = httpx.AsyncClient(
+            base_url=self.base_url,
+            headers=self._headers,
+            timeout=httpx.Timeout(None, connect=self._timeouts.connect_s),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=max_in_flight),
+            trust_env=False,
+        )
+
+    def __enter__(self) -> RolloutClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give up what is in flight and end the thread; idempotent."""
+        if self._loop.is_closed():
+            return
+        if self._thread is not None:
+            asyncio.run_coroutine_threadsafe(self._shut(), self._loop).result(self._timeouts.call_s)
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(self._timeouts.call_s)
+        self._loop.close()
+
+    # --- the service ----------------------------------------------------------------------------------------------
+
+    def wait_until_ready(self, timeout_s: float, on_wait: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+        """Wait until every worker is up; `on_wait` hears what is waited for, twice a second. Returns /health."""
+        end = time.monotonic() + timeout_s
+        while True:
+            status, body = self._try_health(min(self._timeouts.call_s, max(end - time.monotonic(), 1.0)))
+            if status == "ok":
+                return body
+            waiting_for = _waiting_for(self.base_url, status, body)
+            if status == "failed":
+                raise ServiceUnavailable(waiting_for)
+            if time.monotonic() >= end:
+                hint = f"; {_HINT}" if status in ("unreachable", "stopping") else ""
+                raise ServiceUnavailable(f"no rollout service was ready within {timeout_s:g} s: {waiting_for}{hint}")
+            on_wait(waiting_for)
+            time.sleep(min(0.5, max(end - time.monotonic(), 0)))
+
+    def health(self) -> dict[str, Any]:
+        """The body of /health, whether all is well or not."""
+        status, body = self._try_health(self._timeouts.call_s)
+        if status == "unreachable":
+            raise ServiceUnavailable(f"nobody answers at {self.base_url}; {_HINT}")
+        return body
+
+    def workers(self) -> dict[str, Any]:
+        """`{"weight_version": int, "workers": [WorkerStatus as a mapping, ...]}`."""
+        answer = self._call(self._request("GET", "/v1/workers", "the rollout service", self._timeouts.call_s))
+        workers: dict[str, Any] = json.loads(answer)
+        return workers
+
+    def prompt_logprobs(self, ids: np.ndarray, worker: str | None = None) -> dict[str, np.ndarray]:
+        """log p(ids[t] | ids[:t]) on every worker, or on the named one: `ids` [T] → float32 [T-1] by worker name."""
+        head = {"worker": worker} if worker else {}
+        frame = encode_frame(head, {"ids": np.asarray(ids, dtype=np.int32)})
+        answer = self._call(
+            self._request("POST", "/v1/logprobs", "a worker's log-probs", self._timeouts.publish_s, frame, CONTENT_TYPE)
+        )
+        return decode_frame(answer)[1]
+
+    # --- groups ---------------------------------------------------------------------------------------------------
+
+    def submit(self, request: GroupRequest) -> concurrent.futures.Future[GroupResult]:
+        """Send one group off. The future holds its result or the service's error; cancelling it stops waiting."""
+        return self._start(self._rollout(request))
+
+    def rollouts(
+        self, requests: Iterable[GroupRequest], on_group: Callable[[GroupResult], None] = lambda _: None
+    ) -> list[GroupResult]:
+        """All groups, in the order of `requests`; `on_group` hears each as it finishes. The first error stops all."""
+        futures = [self.submit(request) for request in requests]
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                on_group(future.result())
+        finally:
+            for future in futures:
+                future.cancel()
+        return [future.result() for future in futures]
+
+    async def _rollout(self, request: GroupRequest) -> GroupResult:
+        async with self._slots:
+            answer = await self._request(
+                "POST", "/v1/rollouts", f"group {request.key!r}", request.deadline_s, request.encode(), CONTENT_TYPE
+            )
+        return GroupResult.decode(answer)
+
+    # --- weights --------------------------------------------------------------------------------------------------
+
+    def publish(self, manifest: WeightManifest, data: bytes | memoryview | Iterable[bytes]) -> PublishTimes:
+        """Announce, send, commit; returns when every worker samples with the new weights, else raises."""
+        return self._call(self._publish(manifest, data))
+
+    async def _publish(self, manifest: WeightManifest, data: bytes | memoryview | Iterable[bytes]) -> PublishTimes:
+        path, who, seconds = f"/v1/weights/{manifest.version}", f"weights {manifest.version}", self._timeouts.publish_s
+        marks = [time.monotonic()]
+        body = json.dumps(manifest.to_json()).encode()
+        await self._request("POST", "/v1/weights/announce", f"{who}: announce", seconds, body)
+        marks.append(time.monotonic())
+        async with deadline(
+            seconds + _MARGIN_S, lambda: f"{who}: the bytes did not reach {self.base_url} within {seconds:g} s"
+        ):
+            try:
+                answer = await self._http.put(
+                    path, content=_pieces(data), headers={"Content-Length": str(manifest.nbytes)}
+                )
+            except httpx.TransportError as error:
+                raise ServiceUnavailable(f"{who}: {_lost(self.base_url, error)}") from error
+        _check(answer, self.base_url)
+        marks.append(time.monotonic())
+        await self._request("POST", f"{path}/commit", f"{who}: commit", seconds)
+        marks.append(time.monotonic())
+        return PublishTimes(*np.diff(marks).tolist())
+
+    # --- the wire -------------------------------------------------------------------------------------------------
+
+    async def _request(
+        self, method: str, path: str, what: str, seconds: float, body: bytes = b"", kind: str = "application/json"
+    ) -> bytes:
+        """One idempotent call. A lost connection is tried again with growing pauses, a few times within `seconds`."""
+        async with deadline(
+            seconds + _MARGIN_S, lambda: f"{what}: {self.base_url}{path} did not answer within {seconds:g} s"
+        ):
+            for resubmit in range(_RESUBMITS + 1):
+                try:
+                    answer = await self._http.request(method, path, content=body, headers={"Content-Type": kind})
+                    break
+                except httpx.TransportError as error:
+                    if resubmit == _RESUBMITS:
+                        raise ServiceUnavailable(f"{what}: {_lost(self.base_url, error)}") from error
+                    await asyncio.sleep(_FIRST_PAUSE_S * 2**resubmit)
+        _check(answer, self.base_url)
+        return answer.content
+
+    def _try_health(self, seconds: float) -> tuple[str, dict[str, Any]]:
+        """The service's status word (`unreachable` when nobody answers) and the body."""
+
+        async def ask() -> httpx.Response:
+            async with deadline(seconds, lambda: f"{self.base_url}/health did not answer within {seconds:g} s"):
+                return await self._http.get("/health")
+
+        try:
+            answer = self._call(ask())
+        except httpx.TransportError:
+            return "unreachable", {}
+        try:
+            body = answer.json()
+            return str(body["status"]), body
+        except (ValueError, KeyError, TypeError):
+            raise ServiceError(
+                f"something else than a rollout service answers at {self.base_url} (HTTP {answer.status_code}); "
+                "write another vllm.port, and the same in trl.vllm_server_port if that is set"
+            ) from None
+
+    # --- the thread -----------------------------------------------------------------------------------------------
+
+    def _call(self, work: Coroutine[Any, Any, T]) -> T:
+        return self._start(work).result()
+
+    def _start(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
+        with self._start_lock:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._loop.run_forever, name="rollout-client", daemon=True)
+                self._thread.start()
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    async def _shut(self) -> None:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        await self._http.aclose()
+
+
+async def _pieces(data: bytes | memoryview | Iterable[bytes]) -> AsyncIterator[bytes]:
+    if isinstance(data, bytes | bytearray | memoryview):
+        view = memoryview(data).cast("B")
+        for start in range(0, len(view), _PIECE):
+            yield bytes(view[start : start + _PIECE])
+    else:
+        for piece in data:
+            yield piece
+
+
+def _check(answer: httpx.Response, url: str) -> None:
+    if answer.is_error:
+        raise_answer(answer.status_code, answer.content, url)
+
+
+def _lost(url: str, error: Exception) -> str:
+    return f"the connection to {url} was lost or refused ({type(error).__name__}); {_HINT}"
+
+
+def _waiting_for(url: str, status: str, body: dict[str, Any]) -> str:
+    if status == "unreachable":
+        return f"nobody answers at {url}"
+    if status == "loading":
+        progress = body["progress"]
+        names = ", ".join(progress["waiting_for"])
+        return f"{url} is loading, {progress['ready']} of {progress['total']} up, waiting for {names}"
+    return f"{url} is {status}: {body.get('cause') or 'no cause given'}"

@@ -1,0 +1,216 @@
+"""The wire format: what is encoded comes back, and damaged bytes are a WireError, never anything else."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import struct
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from rlx.wire import (
+    Completion,
+    GroupRequest,
+    GroupResult,
+    RewardOutcome,
+    Sampling,
+    TensorSpec,
+    WeightManifest,
+    WireError,
+    decode_frame,
+    encode_frame,
+)
+
+FINITE = st.floats(allow_nan=False, allow_infinity=False)
+SECONDS = st.floats(0, 1e6)
+TOKEN = st.integers(0, 2**31 - 1)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | FINITE | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=6,
+)
+FLOATS = st.floats(width=32)
+
+
+def token_ids(min_size: int = 0) -> st.SearchStrategy[np.ndarray]:
+    return arrays.arrays(np.int32, st.integers(min_size, 12), elements=TOKEN)
+
+
+@st.composite
+def completions(draw) -> Completion:
+    counts = draw(st.lists(st.integers(1, 5), max_size=3))
+    size = sum(counts)
+    return Completion(
+        ids=draw(arrays.arrays(np.int32, size, elements=TOKEN)),
+        logprobs=draw(arrays.arrays(np.float32, size, elements=FLOATS)),
+        versions=tuple((draw(st.integers(0, 10**6)), count) for count in counts),
+        finish_reason=draw(st.sampled_from(["stop", "length", "abort"])),
+        text=draw(st.text()),
+    )
+
+
+@st.composite
+def results(draw) -> GroupResult:
+    sampled = draw(st.lists(completions(), min_size=1, max_size=4))
+    rewards = draw(st.lists(st.tuples(st.text(), SECONDS), max_size=3))
+    return GroupResult(
+        key=draw(st.text()),
+        completions=tuple(sampled),
+        rewards=tuple(
+            RewardOutcome(name, draw(arrays.arrays(np.float32, len(sampled), elements=FLOATS)), seconds)
+            for name, seconds in rewards
+        ),
+        worker=draw(st.text()),
+        generation_s=draw(SECONDS),
+        reward_s=draw(SECONDS),
+        metrics=draw(st.dictionaries(st.text(), FINITE, max_size=3)),
+    )
+
+
+REQUESTS = st.builds(
+    GroupRequest,
+    key=st.text(),
+    prompt=st.text() | st.lists(st.fixed_dictionaries({"role": st.text(), "content": JSON}), max_size=3),
+    prompt_ids=token_ids(),
+    num_generations=st.integers(1, 10**6),
+    sampling=st.builds(
+        Sampling,
+        max_tokens=st.integers(1, 10**6),
+        temperature=FINITE,
+        top_k=st.integers(0, 1000),
+        stop=st.lists(st.text(), max_size=3).map(tuple),
+        regex=st.none() | st.text(),
+        extra=st.dictionaries(st.text(), JSON, max_size=2),
+    ),
+    columns=st.dictionaries(st.text(), JSON, max_size=3),
+    step=st.integers(0, 10**9),
+    deadline_s=SECONDS,
+)
+
+
+def same_result(a: GroupResult, b: GroupResult) -> None:
+    for x, y in zip(a.completions, b.completions, strict=True):
+        np.testing.assert_array_equal(x.ids, y.ids)
+        np.testing.assert_array_equal(x.logprobs, y.logprobs)
+        assert (x.versions, x.finish_reason, x.text) == (y.versions, y.finish_reason, y.text)
+    for p, q in zip(a.rewards, b.rewards, strict=True):
+        np.testing.assert_array_equal(p.values, q.values)
+        assert (p.name, p.seconds) == (q.name, q.seconds)
+    assert (a.key, a.worker, a.generation_s, a.reward_s, a.metrics) == (
+        b.key, b.worker, b.generation_s, b.reward_s, b.metrics,
+    )  # fmt: skip
+
+
+def only_a_wire_error(decode, data: bytes) -> None:
+    """Decode, whatever it gives; any exception but WireError fails the test."""
+    with contextlib.suppress(WireError):
+        decode(data)
+
+
+@given(REQUESTS)
+def test_a_request_comes_back_as_it_was(request):
+    back = GroupRequest.decode(request.encode())
+    np.testing.assert_array_equal(back.prompt_ids, request.prompt_ids)
+    fields = ("key", "prompt", "num_generations", "sampling", "columns", "step", "deadline_s")
+    assert [getattr(back, name) for name in fields] == [getattr(request, name) for name in fields]
+
+
+@given(results())
+def test_a_result_comes_back_as_it_was_nan_included(result):
+    same_result(GroupResult.decode(result.encode()), result)
+
+
+@given(results())
+def test_a_result_for_people_is_json(result):
+    assert json.loads(json.dumps(result.to_json()))["key"] == result.key
+
+
+@given(st.data())
+def test_a_truncated_frame_is_a_wire_error(data):
+    frame, decode = data.draw(
+        REQUESTS.map(lambda r: (r.encode(), GroupRequest.decode))
+        | results().map(lambda r: (r.encode(), GroupResult.decode))
+    )
+    cut = data.draw(st.integers(0, len(frame) - 1))
+    with pytest.raises(WireError):
+        decode(frame[:cut])
+
+
+@given(st.data())
+def test_a_frame_with_bytes_appended_is_a_wire_error(data):
+    frame = data.draw(results()).encode() + data.draw(st.binary(min_size=1, max_size=9))
+    with pytest.raises(WireError):
+        GroupResult.decode(frame)
+
+
+@given(results(), st.data())
+def test_a_flipped_byte_gives_another_result_or_a_wire_error(result, data):
+    frame = bytearray(result.encode())
+    frame[data.draw(st.integers(0, len(frame) - 1))] ^= data.draw(st.integers(1, 255))
+    only_a_wire_error(GroupResult.decode, bytes(frame))
+
+
+@given(JSON | st.fixed_dictionaries({"blocks": JSON | st.lists(st.lists(JSON, min_size=3, max_size=3))}), st.binary())
+def test_any_json_as_a_header_decodes_or_is_a_wire_error(header, payload):
+    head = json.dumps(header).encode()
+    frame = b"RLX1" + struct.pack("<I", len(head)) + head + payload
+    for decode in (decode_frame, GroupRequest.decode, GroupResult.decode):
+        only_a_wire_error(decode, frame)
+
+
+@given(
+    st.dictionaries(st.sampled_from(["key", "prompt", "prompt_ids", "n", "sampling", "columns", "deadline_s"]), JSON)
+)
+def test_any_json_as_a_request_is_a_request_or_a_wire_error(body):
+    body.setdefault("sampling", {"max_tokens": 1})
+    only_a_wire_error(GroupRequest.from_json, {"key": "k", "prompt": "", "prompt_ids": [1], "n": 1, **body})
+
+
+@given(JSON)
+def test_any_json_as_a_manifest_is_a_manifest_or_a_wire_error(body):
+    only_a_wire_error(WeightManifest.from_json, body)
+
+
+@pytest.mark.parametrize("header", [b"[" * 100_000, b"[1]", b'{"blocks": 3}', b"null", b"\xff"])
+def test_a_header_that_is_no_table_of_blocks_is_a_wire_error(header):
+    with pytest.raises(WireError, match="header"):
+        decode_frame(b"RLX1" + struct.pack("<I", len(header)) + header)
+
+
+@pytest.mark.parametrize("bad", [2**31, -(2**31) - 1, 2**70, "7 8", None, [1], float("nan")])
+def test_a_prompt_id_that_is_no_int32_is_a_wire_error(bad):
+    with pytest.raises(WireError, match="not a group request"):
+        GroupRequest.from_json(
+            {"key": "k", "prompt": "", "prompt_ids": [1, bad], "n": 1, "sampling": {"max_tokens": 1}}
+        )
+
+
+def test_a_thousand_tokens_cost_eight_bytes_each_and_the_arrays_are_views():
+    size = 1000
+    completion = Completion(np.arange(size, dtype=np.int32), np.zeros(size, np.float32), ((1, size),), "stop", "")
+    frame = GroupResult("k", (completion,), (), "w", 0.0, 0.0).encode()
+    assert len(frame) < 8 * size + 300
+    back = GroupResult.decode(frame).completions[0].ids
+    assert not back.flags.owndata
+    assert not back.flags.writeable
+
+
+def test_versions_that_do_not_partition_the_tokens_are_a_wire_error():
+    completion = Completion(np.array([1, 2], np.int32), np.zeros(2, np.float32), ((1, 1),), "stop", "")
+    with pytest.raises(WireError, match="partition"):
+        GroupResult.decode(GroupResult("k", (completion,), (), "w", 0.0, 0.0).encode())
+
+
+@pytest.mark.parametrize("array", [np.zeros(2, np.float64), np.zeros((2, 2), np.int32), np.array(3, np.int32)])
+def test_a_block_of_another_kind_is_not_encoded(array):
+    with pytest.raises(WireError, match="block 'x'"):
+        encode_frame({}, {"x": array})
+
+
+def test_a_manifest_comes_back_as_it_was_through_json():
+    manifest = WeightManifest(3, 8, "00ff", (TensorSpec("w", "F32", (2, 1)), TensorSpec("s", "BF16", ())))
+    assert WeightManifest.from_json(json.loads(json.dumps(manifest.to_json()))) == manifest

@@ -1,0 +1,340 @@
+"""The service over real HTTP: uvicorn on a free port, httpx as the client."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import stat
+
+import httpx
+import numpy as np
+import pytest
+from service_parts import TOKEN, LocalScorer, LocalWorker, eventually, group, make_service, on_http, started, weights
+
+from rlx.errors import ConfigError, DeadlineExceeded, UserCodeError
+from rlx.rollout import app as app_module
+from rlx.rollout.auth import service_token
+from rlx.rollout.gateway import bind
+from rlx.wire import CONTENT_TYPE, GroupResult, decode_frame, encode_frame
+
+FRAME = {"content-type": CONTENT_TYPE}
+BEARER = {"authorization": f"Bearer {TOKEN}"}
+PEOPLE = {"key": "p-1", "prompt": "1+1=", "prompt_ids": [1, 2], "n": 2, "sampling": {"max_tokens": 3}}
+
+
+def client(url, **settings):
+    return httpx.AsyncClient(base_url=url, trust_env=False, timeout=10, **settings)
+
+
+def error_of(answer):
+    return answer.status_code, answer.json()["error"]["type"], answer.json()["error"]["message"]
+
+
+async def test_a_frame_is_answered_with_a_frame():
+    async with started(make_service([LocalWorker("w")])) as service, on_http(service) as url, client(url) as http:
+        answer = await http.post("/v1/rollouts", content=group().encode(), headers=FRAME)
+    assert answer.headers["content-type"] == CONTENT_TYPE
+    result = GroupResult.decode(answer.content)
+    assert (result.key, result.worker) == ("g-1", "w")
+    np.testing.assert_array_equal(result.completions[1].ids, [7, 8, 9])
+
+
+async def test_people_write_and_read_json_with_null_for_a_reward_that_does_not_apply():
+    async with started(make_service([LocalWorker()])) as service, on_http(service) as url, client(url) as http:
+        body = (await http.post("/v1/rollouts", json=PEOPLE)).json()
+        assert [c["rewards"] for c in body["completions"]] == [{"rewards.position": None}, {"rewards.position": 1.0}]
+        assert body["completions"][0]["text"] == "7 8 9"
+        frame = await http.post("/v1/rollouts", json=PEOPLE, headers={"accept": CONTENT_TYPE})
+        assert GroupResult.decode(frame.content).key == "p-1"
+        as_json = await http.post(
+            "/v1/rollouts", content=group("f").encode(), headers={**FRAME, "accept": "application/json"}
+        )
+        assert as_json.json()["key"] == "f"
+
+
+async def test_concurrent_duplicates_and_a_lost_connection_give_one_rollout():
+    worker = LocalWorker()
+    async with started(make_service([worker])) as service, on_http(service) as url, client(url) as http:
+        worker.open.clear()
+
+        def post():
+            return asyncio.create_task(http.post("/v1/rollouts", content=group().encode(), headers=FRAME))
+
+        lost, kept, second = post(), post(), post()
+        await eventually(lambda: "g-1" in worker.generated)
+        lost.cancel()
+        await asyncio.gather(lost, return_exceptions=True)
+        worker.open.set()
+        answers = [await kept, await second, await post()]
+    assert worker.generated.count("g-1") == 1
+    assert len({answer.content for answer in answers}) == 1
+
+
+async def test_the_same_key_with_another_body_is_409():
+    async with started(make_service([LocalWorker()])) as service, on_http(service) as url, client(url) as http:
+        await http.post("/v1/rollouts", json=PEOPLE)
+        status, name, message = error_of(await http.post("/v1/rollouts", json={**PEOPLE, "prompt_ids": [3]}))
+    assert (status, name) == (409, "ServiceError")
+    assert "'p-1'" in message
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (UserCodeError("trl.reward_funcs: rewards.f returned 3 values"), 422),
+        (DeadlineExceeded("reward rewards.f did not answer"), 504),
+        (ConfigError("trl.reward_funcs"), 400),
+    ],
+)
+async def test_errors_keep_their_class_and_message(error, status):
+    scorer = LocalScorer()
+    scorer.error = error
+    async with started(make_service([LocalWorker()], scorer)) as service, on_http(service) as url, client(url) as http:
+        answer = await http.post("/v1/rollouts", json=PEOPLE)
+    assert error_of(answer) == (status, type(error).__name__, str(error))
+
+
+@pytest.mark.parametrize(
+    ("sent", "status", "message"),
+    [
+        ({"content": b"RLX1 what is this", "headers": FRAME}, 400, "header"),
+        ({"content": b"{", "headers": {"content-type": "application/json"}}, 400, "not JSON"),
+        ({"content": b"[" * 100_000, "headers": {"content-type": "application/json"}}, 400, "not JSON"),
+        ({"json": [1]}, 400, "JSON object"),
+        ({"json": {**PEOPLE, "n": "many"}}, 400, "group request"),
+        ({"json": {**PEOPLE, "prompt_ids": [2**40]}}, 400, "group request"),
+        ({"json": {**PEOPLE, "prompt_ids": [[1], [2]]}}, 400, "prompt_ids"),
+        ({"json": {**PEOPLE, "sampling": {"max_token": 3}}}, 400, "max_token"),
+        ({"content": b"{}", "headers": {"content-type": "text/plain"}}, 415, "text/plain"),
+    ],
+)
+async def test_a_body_that_cannot_be_read_is_told_so(sent, status, message):
+    async with started(make_service([LocalWorker()])) as service, on_http(service) as url, client(url) as http:
+        answer = await http.post("/v1/rollouts", **sent)
+    assert error_of(answer)[:2] == (status, "WireError")
+    assert message in error_of(answer)[2]
+
+
+async def test_a_body_above_the_limit_is_refused(monkeypatch):
+    monkeypatch.setattr(app_module, "MAX_BODY_BYTES", 1000)
+    async with started(make_service([LocalWorker()])) as service, on_http(service) as url, client(url) as http:
+        answer = await http.post("/v1/rollouts", content=bytes(1001), headers=FRAME)
+    assert answer.status_code == 413
+
+
+async def test_an_unknown_route_and_a_wrong_method_are_json_too():
+    async with started(make_service([LocalWorker()])) as service, on_http(service) as url, client(url) as http:
+        assert error_of(await http.get("/v2/nothing"))[:2] == (404, "ServiceError")
+        assert (await http.get("/v1/rollouts")).status_code == 405
+
+
+CONTROL = [
+    ("POST", "/v1/weights/announce"), ("PUT", "/v1/weights/1"), ("POST", "/v1/weights/1/commit"), ("POST", "/v1/logprobs"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "path"), CONTROL)
+@pytest.mark.parametrize("header", [{}, {"authorization": "Bearer wrong"}, {"authorization": f"Basic {TOKEN}"}])
+async def test_the_control_plane_needs_the_token(method, path, header):
+    async with started(make_service([LocalWorker()])) as service, on_http(service) as url, client(url) as http:
+        answer = await http.request(method, path, json={}, headers=header)
+    assert answer.status_code == 401
+    assert TOKEN not in answer.text
+
+
+async def test_a_service_without_a_token_has_a_closed_control_plane():
+    async with (
+        started(make_service([LocalWorker()])) as service,
+        on_http(service, token=None) as url,
+        client(url) as http,
+    ):
+        answer = await http.post("/v1/weights/1/commit", headers={"authorization": "Bearer None"})
+    assert answer.status_code == 401
+
+
+async def test_the_data_plane_needs_the_token_when_it_is_told_to_and_health_never():
+    service = make_service([LocalWorker()])
+    async with started(service), on_http(service, require_token_for_data=True) as url, client(url) as http:
+        for path in ("/v1/workers", "/v1/models"):
+            assert (await http.get(path)).status_code == 401
+            assert (await http.get(path, headers=BEARER)).status_code == 200
+        assert (await http.post("/v1/rollouts", json=PEOPLE)).status_code == 401
+        assert (await http.get("/health")).status_code == 200
+
+
+async def test_health_answers_while_the_workers_load_then_ok_then_stopping():
+    worker = LocalWorker("slow")
+    worker.open.clear()
+    service = make_service([LocalWorker("quick"), worker])
+    async with on_http(service) as url, client(url) as http:
+        starting = asyncio.create_task(service.start())
+        await eventually(lambda: service.load_progress().ready == 2)
+        loading = await http.get("/health")
+        assert (loading.status_code, loading.json()["status"]) == (503, "loading")
+        assert loading.json()["progress"]["waiting_for"] == ["slow"]
+        assert error_of(await http.post("/v1/rollouts", json=PEOPLE))[:2] == (503, "ServiceUnavailable")
+        worker.open.set()
+        await starting
+        ready = await http.get("/health")
+        assert (ready.status_code, ready.json()["status"]) == (200, "ok")
+        await service.drain(0)
+        stopping = await http.get("/health")
+        assert (stopping.status_code, stopping.json()["status"]) == (503, "stopping")
+        answer = error_of(await http.post("/v1/rollouts", json=PEOPLE))
+        assert answer == (503, "ServiceUnavailable", "the service is stopping")
+
+
+async def test_health_names_a_dead_worker():
+    worker = LocalWorker("w-2")
+    async with started(make_service([worker])) as service, on_http(service) as url, client(url) as http:
+        worker.dead = "killed by the kernel"
+        await eventually(lambda: not service.health()[0])
+        body = (await http.get("/health")).json()
+    assert body["status"] == "down"
+    assert "w-2" in body["cause"]
+    assert "killed by the kernel" in body["cause"]
+
+
+async def test_openai_routes_pass_through_stream_and_keep_the_engines_status():
+    async with started(make_service([LocalWorker()])) as service, on_http(service) as url, client(url) as http:
+        plain = await http.post("/v1/chat/completions", json={"messages": []})
+        assert plain.json()["object"] == "chat/completions"
+        async with http.stream("POST", "/v1/completions", json={"prompt": "1", "stream": True}) as answer:
+            assert answer.headers["content-type"].startswith("text/event-stream")
+            assert [line async for line in answer.aiter_lines() if line] == ["data: 7", "data: 8", "data: [DONE]"]
+        assert (await http.post("/v1/completions", json={"model": "nobody"})).status_code == 404
+        assert service.fleet.statuses()[0].in_flight == 0
+        assert (await http.get("/v1/models")).json()["data"][0]["id"] == "tiny-model"
+
+
+async def test_a_reader_that_leaves_a_stream_frees_the_worker():
+    class Endless(LocalWorker):
+        async def _stream(self):
+            while True:
+                yield "data: 1\n\n"
+                await asyncio.sleep(0.01)
+
+    async with started(make_service([Endless()])) as service, on_http(service) as url, client(url) as http:
+        async with http.stream("POST", "/v1/completions", json={"stream": True}) as answer:
+            await anext(answer.aiter_lines())
+            assert service.fleet.statuses()[0].in_flight == 1
+        await eventually(lambda: service.fleet.statuses()[0].in_flight == 0)
+
+
+async def test_prompt_logprobs_come_per_worker_as_a_frame_or_as_json():
+    workers = [LocalWorker("a"), LocalWorker("b")]
+    async with started(make_service(workers)) as service, on_http(service) as url, client(url, headers=BEARER) as http:
+        body = (await http.post("/v1/logprobs", json={"ids": [5, 6, 7]})).json()
+        assert body == {"logprobs": {"a": [-1.0, -2.0], "b": [-1.0, -2.0]}}
+        frame = encode_frame({"worker": "b"}, {"ids": np.array([5, 6, 7], np.int32)})
+        answer = await http.post("/v1/logprobs", content=frame, headers=FRAME)
+        blocks = decode_frame(answer.content)[1]
+        assert {name: (values.dtype, values.tolist()) for name, values in blocks.items()} == {
+            "b": (np.dtype("<f4"), [-1.0, -2.0])
+        }
+        for wrong in ({"ids": [5]}, {"ids": "x"}, {"ids": [1.5, 2.5]}, {}, {"ids": [1, 2**33]}, {"ids": [[1], [1, 2]]}):
+            assert error_of(await http.post("/v1/logprobs", json=wrong))[:2] == (400, "WireError")
+        assert (await http.post("/v1/logprobs", json={"ids": [1, 2], "worker": "c"})).status_code == 503
+
+
+async def test_weights_travel_over_http_and_wrong_bytes_do_not():
+    worker, data = LocalWorker(), bytes(range(256)) * 4000
+    async with started(make_service([worker])) as service, on_http(service) as url, client(url, headers=BEARER) as http:
+        manifest = weights(1, data).to_json()
+        assert (await http.post("/v1/weights/announce", json=manifest)).status_code == 200
+        wrong = await http.put("/v1/weights/1", content=data[:-1] + b"?")
+        assert error_of(wrong)[:2] == (502, "WeightSyncError")
+        assert (await http.get("/v1/workers")).json()["weight_version"] == 0
+        await http.post("/v1/weights/announce", json=manifest)
+        assert (await http.put("/v1/weights/1", content=data)).status_code == 200
+        times = (await http.post("/v1/weights/1/commit")).json()
+        assert times["nbytes"] == len(data)
+        body = (await http.get("/v1/workers")).json()
+        assert (body["weight_version"], body["workers"][0]["weight_version"]) == (1, 1)
+        assert error_of(await http.post("/v1/weights/announce", json=manifest))[1] == "WeightSyncError"
+        assert error_of(await http.post("/v1/weights/announce", json={"version": 9}))[1] == "WireError"
+    assert worker.committed == [data]
+
+
+async def test_a_learner_that_dies_in_the_middle_of_the_bytes_does_not_block_the_next():
+    worker = LocalWorker()
+    async with started(make_service([worker])) as service, on_http(service) as url, client(url, headers=BEARER) as http:
+        host, port = url.removeprefix("http://").split(":")
+        await http.post("/v1/weights/announce", json=weights(1, b"abcd").to_json())
+        _, writer = await asyncio.open_connection(host, int(port))
+        head = f"PUT /v1/weights/1 HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\nContent-Length: 4\r\n\r\nab"
+        writer.write(head.encode())
+        await writer.drain()
+        await asyncio.sleep(0.05)
+        writer.close()
+        assert (await http.post("/v1/weights/announce", json=weights(1, b"efgh").to_json())).status_code == 200
+        assert (await http.put("/v1/weights/1", content=b"efgh")).status_code == 200
+        assert (await http.post("/v1/weights/1/commit")).status_code == 200
+    assert worker.committed == [b"efgh"]
+
+
+async def test_a_defect_of_the_service_is_json_and_says_where_to_look():
+    class Defective(LocalWorker):
+        async def openai(self, route, body):
+            raise ZeroDivisionError("one over nothing")
+
+    async with started(make_service([Defective()])) as service, on_http(service) as url, client(url) as http:
+        status, _, message = error_of(await http.post("/v1/completions", json={}))
+    assert status == 500
+    assert "ZeroDivisionError: one over nothing" in message
+
+
+def test_a_port_in_use_is_a_configuration_error_that_says_what_to_write():
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"vllm\.port: {port} is in use.*vllm\.port: \d+"):
+            bind("127.0.0.1", port)
+
+
+def test_two_services_cannot_take_one_port_even_before_they_serve():
+    with bind("127.0.0.1", 0) as first, pytest.raises(ConfigError, match=r"vllm\.port"):
+        bind("127.0.0.1", first.getsockname()[1])
+
+
+@pytest.mark.parametrize("host", ["203.0.113.9", "no such host"])
+def test_an_address_that_is_not_here_is_a_configuration_error(host):
+    with pytest.raises(ConfigError, match=r"vllm\.host"):
+        bind(host, 0)
+
+
+async def test_the_port_is_free_after_the_gateway_ends():
+    async with started(make_service([LocalWorker()])) as service:
+        async with on_http(service) as url:
+            port = int(url.rsplit(":", 1)[1])
+        bind("127.0.0.1", port).close()
+
+
+def test_the_token_is_made_once_private_and_shared(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("RLX_TOKEN", raising=False)
+    token = service_token()
+    assert len(token) >= 32
+    assert service_token() == token
+    path = tmp_path / ".rlx" / "token"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    assert [p.name for p in path.parent.iterdir()] == ["token"]
+    monkeypatch.setenv("RLX_TOKEN", "mine")
+    assert service_token() == "mine"
+
+
+def test_an_empty_token_file_is_told_so(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("RLX_TOKEN", raising=False)
+    (tmp_path / ".rlx").mkdir()
+    (tmp_path / ".rlx" / "token").touch()
+    with pytest.raises(ConfigError, match=r"token is empty"):
+        service_token()
+
+
+def test_json_answers_have_no_nan():
+    body = json.loads(app_module._json({"a": [float("nan"), 1.0, (float("inf"),)]}).body)
+    assert body == {"a": [None, 1.0, [None]]}

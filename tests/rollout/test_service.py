@@ -1,0 +1,462 @@
+"""The rollout service without HTTP: groups, deadlines, the fleet, weight updates, stopping."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from service_parts import (
+    QUICK,
+    LocalScorer,
+    LocalWorker,
+    chunks,
+    eventually,
+    group,
+    make_service,
+    started,
+    weights,
+)
+
+from rlx.errors import (
+    DeadlineExceeded,
+    ModelError,
+    ServiceError,
+    ServiceUnavailable,
+    UserCodeError,
+    WeightSyncError,
+)
+from rlx.rollout import weights_store
+from rlx.rollout.groups import GroupStore, KeyConflict
+from rlx.wire import Completion, WireError
+
+
+async def publish(service, version, data, sent=None):
+    await service.weights.announce(weights(version, data))
+    await service.weights.receive(version, chunks(data if sent is None else sent))
+    return await service.weights.commit(version)
+
+
+def rollouts_of(worker):
+    return [request for request in worker.generated if not request.startswith("probe-")]
+
+
+# --- groups ---
+
+
+async def test_a_group_carries_its_completions_rewards_and_worker():
+    async with started(make_service([LocalWorker("w")])) as service:
+        result = await service.rollout(group(n=3))
+    assert result.worker == "w"
+    assert [c.ids.tolist() for c in result.completions] == [[7, 8, 9]] * 3
+    assert [c.versions for c in result.completions] == [((0, 3),)] * 3
+    assert result.rewards[0].values[1:].tolist() == [1.0, 2.0]
+    assert result.metrics == {"length": 3.0}
+
+
+async def test_the_same_key_rolls_out_once_however_often_it_comes():
+    worker = LocalWorker()
+    async with started(make_service([worker])) as service:
+        worker.open.clear()
+        waiting = [asyncio.create_task(service.rollout(group())) for _ in range(5)]
+        await eventually(lambda: rollouts_of(worker))
+        worker.open.set()
+        results = [*await asyncio.gather(*waiting), await service.rollout(group(deadline_s=1))]
+    assert rollouts_of(worker) == ["g-1"]
+    assert all(result is results[0] for result in results)
+
+
+async def test_the_same_key_with_another_request_is_a_conflict():
+    async with started(make_service([LocalWorker()])) as service:
+        await service.rollout(group())
+        with pytest.raises(KeyConflict, match="'g-1'"):
+            await service.rollout(group(prompt="2 + 2 ="))
+
+
+async def test_a_group_goes_on_when_its_caller_goes_away():
+    worker = LocalWorker()
+    async with started(make_service([worker])) as service:
+        worker.open.clear()
+        caller = asyncio.create_task(service.rollout(group()))
+        await eventually(lambda: rollouts_of(worker))
+        caller.cancel()
+        await asyncio.gather(caller, return_exceptions=True)
+        worker.open.set()
+        assert (await service.rollout(group())).key == "g-1"
+    assert rollouts_of(worker) == ["g-1"]
+
+
+async def test_a_failed_key_may_be_tried_again():
+    scorer = LocalScorer()
+    async with started(make_service([LocalWorker()], scorer)) as service:
+        scorer.error = UserCodeError("trl.reward_funcs: rewards.f raised")
+        with pytest.raises(UserCodeError, match=r"rewards\.f raised"):
+            await service.rollout(group())
+        scorer.error = None
+        assert (await service.rollout(group())).key == "g-1"
+
+
+async def ran_keys(store, keys, results):
+    """Ask for the keys one after the other while the group `slow` runs; which of them really ran."""
+    gate, ran = asyncio.Event(), []
+
+    async def run(request):
+        ran.append(request.key)
+        if request.key == "slow":
+            await gate.wait()
+        return results
+
+    slow = asyncio.create_task(store.get(group("slow"), run))
+    await asyncio.sleep(0)
+    for key in keys:
+        await store.get(group(key), run)
+    gate.set()
+    await slow
+    return ran
+
+
+async def one_result():
+    async with started(make_service([LocalWorker()])) as service:
+        return await service.rollout(group())
+
+
+async def test_only_the_newest_results_are_kept_and_running_groups_always():
+    store = GroupStore(max_groups=2, max_bytes=2**20)
+    ran = await ran_keys(store, ["a", "b", "a", "c", "a", "b"], await one_result())
+    assert sorted(ran) == sorted(["slow", "a", "b", "c", "b"])
+    assert len(store) == 2
+
+
+async def test_kept_results_are_bounded_in_bytes_too():
+    result = await one_result()
+    nbytes = sum(c.ids.nbytes + c.logprobs.nbytes + len(c.text) for c in result.completions)
+    ran = await ran_keys(GroupStore(max_groups=100, max_bytes=3 * nbytes - 1), ["a", "b", "b", "c", "b", "a"], result)
+    assert sorted(ran) == sorted(["slow", "a", "b", "c", "a"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompt_ids": np.array([], np.int32)}, "prompt_ids"),
+        ({"prompt_ids": np.array([-1], np.int32)}, "prompt_ids"),
+        ({"num_generations": 0}, "n must be"),
+        ({"key": ""}, "key must"),
+        ({"deadline_s": float("nan")}, "deadline_s"),
+        ({"prompt": 3}, "prompt must"),
+    ],
+)
+async def test_a_request_that_cannot_be_served_is_refused_with_the_field(change, message):
+    async with started(make_service([LocalWorker()])) as service:
+        with pytest.raises(WireError, match=message):
+            await service.rollout(replace(group(), **change))
+
+
+# --- deadlines and workers ---
+
+
+async def test_the_deadline_names_the_worker_that_was_waited_for():
+    worker = LocalWorker("w-7")
+    async with started(make_service([worker])) as service:
+        worker.open.clear()
+        with pytest.raises(DeadlineExceeded, match=r"worker w-7 did not answer within the 0\.2 s"):
+            await service.rollout(group(deadline_s=0.2))
+        assert service.fleet.statuses()[0].in_flight == 0
+
+
+async def test_the_deadline_names_the_rewards_that_were_waited_for():
+    scorer = LocalScorer()
+    async with started(make_service([LocalWorker()], scorer)) as service:
+        scorer.open.clear()
+        with pytest.raises(DeadlineExceeded, match=r"trl\.reward_funcs"):
+            await service.rollout(group(deadline_s=0.2))
+
+
+async def test_the_service_deadline_bounds_the_requests_own():
+    worker = LocalWorker()
+    async with started(make_service([worker], settings=QUICK.model_copy(update={"group_timeout": 0.2}))) as service:
+        worker.open.clear()
+        with pytest.raises(DeadlineExceeded, match=r"0\.2 s"):
+            await service.rollout(group(deadline_s=100))
+
+
+async def test_groups_go_to_the_worker_with_the_least_completions_in_flight():
+    workers = [LocalWorker("a"), LocalWorker("b")]
+    async with started(make_service(workers)) as service:
+        for worker in workers:
+            worker.open.clear()
+        tasks = []
+        for key, n in (("big", 8), ("one", 2), ("two", 2), ("three", 6)):
+            tasks.append(asyncio.create_task(service.rollout(group(key, n))))
+            await asyncio.sleep(0.02)
+        assert [rollouts_of(worker) for worker in workers] == [["big"], ["one", "two", "three"]]
+        for worker in workers:
+            worker.open.set()
+        await asyncio.gather(*tasks)
+        assert [status.in_flight for status in service.fleet.statuses()] == [0, 0]
+
+
+async def test_a_dead_worker_is_named_with_its_cause_and_gets_no_more_work():
+    dead, alive = LocalWorker("dead"), LocalWorker("alive")
+    async with started(make_service([dead, alive])) as service:
+        dead.dead = "out of memory"
+        with pytest.raises(ServiceUnavailable, match="dead died: out of memory"):
+            await service.rollout(group("first"))
+        assert (await service.rollout(group("first"))).worker == "alive"
+        ok, body = service.health()
+        assert not ok
+        assert body["status"] == "down"
+        assert "dead is down (worker dead died: out of memory)" in body["cause"]
+
+
+async def test_a_worker_that_dies_idle_is_found_by_the_probe_and_comes_back_with_it():
+    worker = LocalWorker("w")
+    async with started(make_service([worker])) as service:
+        assert service.health()[0]
+        worker.dead = "killed"
+        await eventually(lambda: service.health()[1]["status"] == "down")
+        with pytest.raises(ServiceUnavailable, match="killed"):
+            await service.rollout(group())
+        worker.dead = ""
+        await eventually(lambda: service.health()[0])
+
+
+async def test_health_wants_a_real_token_not_only_an_answer():
+    worker = LocalWorker("w")
+    async with started(make_service([worker])) as service:
+        await eventually(lambda: len(worker.generated) > 1)
+        assert service.health()[0]
+        worker.silent = True
+        await eventually(lambda: not service.health()[0])
+        assert "w" in service.health()[1]["cause"]
+        assert "no token" in service.health()[1]["cause"]
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (lambda c: [], "0 completions"),
+        (lambda c: [replace(c, logprobs=c.logprobs[:2])] * 2, "3 token ids with 2 log-prob"),
+        (lambda c: [replace(c, versions=((0, 2),))] * 2, "do not partition"),
+        (lambda c: [replace(c, ids=c.ids.astype(np.int64) + 2**31)] * 2, "int32"),
+        (lambda c: [replace(c, logprobs=c.logprobs * np.nan)] * 2, "not a finite"),
+        (lambda c: [replace(c, finish_reason="abort")] * 2, "abort"),
+    ],
+)
+async def test_an_engine_that_breaks_the_contract_is_named(broken, message):
+    class Broken(LocalWorker):
+        async def generate(self, *args) -> list[Completion]:
+            return broken((await super().generate(*args))[0])
+
+    async with started(make_service([Broken("w-3")])) as service:
+        with pytest.raises(ServiceError, match=f"w-3.*{message}"):
+            await service.rollout(group())
+
+
+# --- start and stop ---
+
+
+async def test_a_worker_that_does_not_start_is_named_and_the_progress_is_told():
+    workers = [LocalWorker("good"), LocalWorker("bad")]
+    workers[1].start_error = ModelError("no such folder")
+    service = make_service(workers)
+    with pytest.raises(ModelError, match="worker bad: no such folder"):
+        await service.start()
+    assert service.health()[1]["status"] == "failed"
+    assert "bad" in service.health()[1]["cause"]
+    await service.drain(0)
+
+
+async def test_a_start_that_takes_too_long_names_who_is_waited_for():
+    worker = LocalWorker("slow")
+    worker.open.clear()
+    service, seen = make_service([LocalWorker("quick"), worker]), []
+    service._start_timeout_s = 0.2
+    with pytest.raises(DeadlineExceeded, match=r"^slow did not start within vllm\.start_timeout = 0\.2 s"):
+        await service.start(seen.append)
+    assert [progress.ready for progress in seen] == [1, 2]
+    assert seen[-1].waiting_for == ("slow",)
+    await service.drain(0)
+
+
+async def test_draining_refuses_new_groups_and_lets_running_ones_finish():
+    worker, scorer = LocalWorker(), LocalScorer()
+    service = make_service([worker], scorer)
+    await service.start()
+    worker.open.clear()
+    running = asyncio.create_task(service.rollout(group("running")))
+    await eventually(lambda: rollouts_of(worker))
+    drain = asyncio.create_task(service.drain(5))
+    await asyncio.sleep(0)
+    with pytest.raises(ServiceUnavailable, match="the service is stopping"):
+        await service.rollout(group("late"))
+    worker.open.set()
+    assert (await running).key == "running"
+    await drain
+    assert worker.closed
+    assert scorer.closed
+
+
+async def test_draining_cancels_what_does_not_finish_in_time():
+    worker = LocalWorker()
+    service = make_service([worker])
+    await service.start()
+    worker.open.clear()
+    running = asyncio.create_task(service.rollout(group()))
+    await eventually(lambda: rollouts_of(worker))
+    await service.drain(0.1)
+    with pytest.raises(ServiceUnavailable, match="the service is stopping"):
+        await running
+    assert worker.closed
+
+
+# --- weights ---
+
+
+async def test_published_weights_reach_every_worker_and_stamp_the_next_tokens():
+    workers, data = [LocalWorker("a"), LocalWorker("b")], os.urandom(10_000)
+    async with started(make_service(workers)) as service:
+        times = await publish(service, 3, data)
+        assert [worker.committed for worker in workers] == [[data], [data]]
+        assert (times.version, times.nbytes) == (3, 10_000)
+        assert (await service.rollout(group())).completions[0].versions == ((3, 3),)
+        assert {status.weight_version for status in service.fleet.statuses()} == {3}
+        assert await service.weights.commit(3) == times
+
+
+async def test_the_weight_file_is_private_and_gone_after_the_commit(monkeypatch, tmp_path):
+    monkeypatch.setattr(weights_store, "SHARED_MEMORY", tmp_path)
+    modes = []
+
+    class Looking(LocalWorker):
+        async def commit(self, manifest, path):
+            modes.append(Path(path).parent.stat().st_mode & 0o777)
+            return await super().commit(manifest, path)
+
+    async with started(make_service([Looking()])) as service:
+        await publish(service, 1, b"abcd")
+        assert modes == [0o700]
+        assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("sent", [b"abcX", b"abc", b"abcde"])
+async def test_wrong_bytes_are_refused_the_old_version_serves_and_the_next_publish_works(sent):
+    worker = LocalWorker()
+    async with started(make_service([worker])) as service:
+        with pytest.raises(WeightSyncError, match="weights 1"):
+            await publish(service, 1, b"abcd", sent)
+        assert worker.committed == []
+        assert (await service.rollout(group("old"))).completions[0].versions == ((0, 3),)
+        await publish(service, 1, b"abcd")
+        assert (await service.rollout(group("new"))).completions[0].versions == ((1, 3),)
+
+
+async def test_weights_that_are_not_newer_are_refused_with_what_to_write():
+    async with started(make_service([LocalWorker()])) as service:
+        await publish(service, 2, b"abcd")
+        with pytest.raises(WeightSyncError, match="publish them as 3 or more"):
+            await service.weights.announce(weights(2, b"efgh"))
+
+
+async def test_a_worker_that_refuses_the_announcement_is_named_and_nothing_changes():
+    good, bad = LocalWorker("good"), LocalWorker("bad")
+    async with started(make_service([good, bad])) as service:
+        bad.refuses = "the shape of w differs"
+        with pytest.raises(WeightSyncError, match="bad: the shape of w differs"):
+            await service.weights.announce(weights(1, b"abcd"))
+        assert service.health()[0]
+        bad.refuses = ""
+        await publish(service, 1, b"abcd")
+
+
+async def test_a_worker_that_took_other_bytes_is_named_and_quarantined():
+    good, bad = LocalWorker("good"), LocalWorker("bad")
+    async with started(make_service([bad, good])) as service:
+        bad.takes_other_bytes = True
+        with pytest.raises(WeightSyncError, match="weights 1 were not taken: bad: it loaded bytes"):
+            await publish(service, 1, b"abcd")
+        assert [(await service.rollout(group(f"g{i}"))).worker for i in range(3)] == ["good"] * 3
+        await asyncio.sleep(3 * QUICK.probe_interval)
+        assert "bad is quarantined" in service.health()[1]["cause"]
+
+
+async def test_a_worker_that_does_not_commit_in_time_is_named():
+    worker = LocalWorker("w-1")
+    settings = QUICK.model_copy(update={"publish_timeout": 0.3})
+    async with started(make_service([worker], settings=settings)) as service:
+        await service.weights.announce(weights(1, b"abcd"))
+        await service.weights.receive(1, chunks(b"abcd"))
+        worker.open.clear()
+        with pytest.raises(WeightSyncError, match=r"w-1 did not answer within 0\.3 s"):
+            await service.weights.commit(1)
+
+
+async def test_a_learner_that_crashed_before_the_commit_does_not_block_the_next(monkeypatch, tmp_path):
+    monkeypatch.setattr(weights_store, "SHARED_MEMORY", tmp_path)
+    worker, second_half = LocalWorker(), asyncio.Event()
+
+    async def stalls():
+        yield b"ab"
+        await second_half.wait()
+        yield b"cd"
+
+    async with started(make_service([worker])) as service:
+        await service.weights.announce(weights(1, b"abcd"))
+        stalled = asyncio.create_task(service.weights.receive(1, stalls()))
+        await asyncio.sleep(0.05)
+        await publish(service, 1, b"efgh")
+        second_half.set()
+        with pytest.raises(WeightSyncError, match="replaced by a later announcement"):
+            await stalled
+        assert worker.committed == [b"efgh"]
+        assert list(tmp_path.iterdir()) == []
+
+
+async def test_bytes_that_do_not_come_in_time_are_given_up():
+    settings = QUICK.model_copy(update={"publish_timeout": 0.2})
+
+    async def stalls():
+        yield b"ab"
+        await asyncio.Event().wait()
+
+    async with started(make_service([LocalWorker()], settings=settings)) as service:
+        await service.weights.announce(weights(1, b"abcd"))
+        with pytest.raises(DeadlineExceeded, match=r"did not send weights 1 within 0\.2 s"):
+            await service.weights.receive(1, stalls())
+        await publish(service, 1, b"abcd")
+
+
+async def test_a_commit_without_announcement_or_bytes_is_refused():
+    async with started(make_service([LocalWorker()])) as service:
+        with pytest.raises(WeightSyncError, match="not announced"):
+            await service.weights.commit(1)
+        await service.weights.announce(weights(1, b"abcd"))
+        with pytest.raises(WeightSyncError, match="have not come yet"):
+            await service.weights.commit(1)
+
+
+async def test_a_worker_that_missed_an_update_gets_no_work_until_the_next_one():
+    late, good = LocalWorker("late"), LocalWorker("good")
+    async with started(make_service([late, good])) as service:
+        late.dead = "restarting"
+        await eventually(lambda: service.fleet.statuses()[0].state == "down")
+        await publish(service, 1, b"abcd")
+        late.dead = ""
+        await eventually(lambda: service.fleet.statuses()[0].state == "ready")
+        assert (await service.rollout(group("one"))).worker == "good"
+        assert "late is ready with weights 0" in service.health()[1]["cause"]
+        await publish(service, 2, b"efgh")
+        assert (await service.rollout(group("two"))).worker == "late"
+        assert service.health()[0]
+
+
+def test_leftover_folders_go_when_nobody_holds_them(monkeypatch, tmp_path):
+    monkeypatch.setattr(weights_store, "SHARED_MEMORY", tmp_path)
+    held = weights_store.WeightFile(weights(1, b"abcd"))
+    (tmp_path / "rlx-weights-leftover").mkdir()
+    (tmp_path / "of-somebody-else").mkdir()
+    weights_store.remove_leftovers()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([held.path.parent.name, "of-somebody-else"])
+    held.remove()
