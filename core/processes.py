@@ -75,15 +75,22 @@ def end_processes(processes: dict[int, int], grace_s: float) -> None:
             continue
 
 
-def stop_process(process: subprocess.Popen[bytes], grace_s: float) -> int:
-    """Ask a child to stop with SIGTERM, kill it after `grace_s` seconds; returns its exit status."""
+def stop_process(process: subprocess.Popen[bytes], signal_number: int, grace_s: float) -> int:
+    """Send a child `signal_number`; kill it and all below it after `grace_s` seconds. Returns what Popen gives."""
     if process.poll() is None:
-        process.terminate()
+        process.send_signal(signal_number)
         try:
             process.wait(grace_s)
         except subprocess.TimeoutExpired:
-            process.kill()
+            kill_tree(process)
     return process.wait()
+
+
+def kill_tree(process: subprocess.Popen[bytes]) -> None:
+    """Kill a child and everything below it."""
+    below = descendants(process.pid)
+    process.kill()
+    end_processes(below, 0.0)
 
 
 def _stat(pid: int) -> tuple[int, int] | None:
