@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
+import xxhash
 from service_parts import (
     QUICK,
     LocalScorer,
@@ -30,8 +32,10 @@ from rlx.errors import (
     WeightSyncError,
 )
 from rlx.rollout import weights_store
+from rlx.rollout.engine_worker import EngineWorker
+from rlx.rollout.fake_engine import FakeEngine
 from rlx.rollout.groups import GroupStore, KeyConflict
-from rlx.wire import Completion, WireError
+from rlx.wire import Completion, Sampling, TensorSpec, WeightManifest, WireError
 
 
 async def publish(service, version, data, sent=None):
@@ -460,3 +464,24 @@ def test_leftover_folders_go_when_nobody_holds_them(monkeypatch, tmp_path):
     weights_store.remove_leftovers()
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([held.path.parent.name, "of-somebody-else"])
     held.remove()
+
+
+async def test_tokens_in_flight_during_an_update_carry_both_versions():
+    array = np.arange(8, dtype=np.float32)
+    data = safetensors.numpy.save({"w": array})
+    specs = (TensorSpec("w", "F32", (8,)),)
+    engines = [FakeEngine(specs, seconds_per_token=0.002, seed=seed) for seed in (1, 2)]
+    service = make_service([EngineWorker(f"w-{i}", engine) for i, engine in enumerate(engines)])
+    async with started(service):
+        long = replace(group(n=8), sampling=Sampling(max_tokens=400))
+        running = asyncio.create_task(service.rollout(long))
+        await asyncio.sleep(0.02)
+        manifest = WeightManifest(1, len(data), xxhash.xxh3_128_hexdigest(data), specs)
+        await service.weights.announce(manifest)
+        await service.weights.receive(1, chunks(data))
+        await service.weights.commit(1)
+        seen = [tuple(version for version, _ in c.versions) for c in (await running).completions]
+        assert (0, 1) in seen
+        assert set(seen) <= {(0,), (0, 1)}
+        after = await service.rollout(group("after"))
+        assert {c.versions[0][0] for c in after.completions} == {1}
