@@ -65,7 +65,8 @@ class MicroBatch:
 
     def to(self, device: torch.device | str) -> MicroBatch:
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        return MicroBatch(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in values.items()})
+        moved: dict[str, Any] = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in values.items()}
+        return MicroBatch(**moved)
 
 
 def split(samples: Sequence[Sample], world_size: int, micro_batches: int) -> list[list[list[Sample]]]:

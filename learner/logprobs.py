@@ -36,7 +36,7 @@ def completion_logprobs(
         return _score(logits_TV, batch.target_ids_T, temperature, compute_entropy)
     parts = [
         checkpoint(_score, logits_CV, ids_C, temperature, compute_entropy, use_reentrant=False)
-        for logits_CV, ids_C in zip(logits_TV.split(size), batch.target_ids_T.split(size), strict=True)
+        for logits_CV, ids_C in zip(torch.split(logits_TV, size), torch.split(batch.target_ids_T, size), strict=True)
     ]
     logprobs, entropies = zip(*parts, strict=True)
     return torch.cat(logprobs), torch.cat(entropies) if compute_entropy else None

@@ -121,13 +121,14 @@ def train_rank(rank: int, world_size: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     ranks = [context.Process(target=train_rank, args=(rank, 2, str(tmp_path))) for rank in range(2)]
     for process in ranks:
         process.start()
     for process in ranks:
-        process.join(timeout=60)
+        process.join(timeout=120)
         process.kill()
         process.join()
     assert [process.exitcode for process in ranks] == [0, 0]
