@@ -1,22 +1,36 @@
-"""One call of an actor's method: cancelled when the caller is, and its failures as errors of rlx."""
+"""Making actors, and calling their methods: a call is cancelled when the caller is, and its failures as errors of rlx."""
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import ActorAlreadyExistsError, RayActorError, RayError, RayTaskError
 
 from rlx.errors import DeadlineExceeded, RlxError, ServiceError, ServiceUnavailable
 
+_NAME_TIMEOUT_S = 20.0
 _CAUSES = {
     "connection error code 2": "its process ended without a word (killed, out of memory, or a crash)",
     "killed by the OOM killer": "it was killed because memory ran out",
     "exit code": "its process exited",
 }
+
+
+async def create(actor_class: type, name: str, *arguments: Any, **options: Any) -> Any:
+    """A new actor called `name`. Ray gives the name of one that just died free a moment later."""
+    deadline = time.monotonic() + _NAME_TIMEOUT_S
+    while True:
+        try:
+            return ray.remote(actor_class).options(name=name, max_restarts=0, **options).remote(*arguments)
+        except ActorAlreadyExistsError:
+            if time.monotonic() > deadline:
+                raise ServiceUnavailable(f"the old actor {name} did not go away in {_NAME_TIMEOUT_S:g} s") from None
+            await asyncio.sleep(0.05)
 
 
 async def call(ref: ray.ObjectRef[Any], who: str, timeout_s: float | None = None, hint: str = "") -> Any:

@@ -54,7 +54,7 @@ class RayRuntime:
     async def reserve(self, timeout_s: float = PLACEMENT_TIMEOUT_S) -> None:
         """Reserve the engines' devices; ServiceUnavailable says what is missing when they are not free in time."""
         assert self.layout is not None, "start comes first"
-        self.group = placement_group(self.layout.bundles, strategy="PACK", name="rlx-rollout")
+        self.group = placement_group(self.layout.bundles, strategy="PACK")
         slices = max(1, round(timeout_s / _WAIT_SLICE_S))
         for _ in range(slices):
             if await asyncio.to_thread(self.group.wait, timeout_s / slices):

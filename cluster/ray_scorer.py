@@ -8,7 +8,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from rlx.cluster.calls import call
+from rlx.cluster.calls import call, create
 from rlx.cluster.reward_actor import RewardActor
 from rlx.config import Config
 from rlx.errors import DeadlineExceeded, ServiceUnavailable, UserCodeError
@@ -63,8 +63,7 @@ class _RewardProcess:
     async def start(self) -> None:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         # No CPU is asked of Ray: the engines may have reserved all of them.
-        options = {"name": self._label, "num_cpus": 0, "max_restarts": 0, "scheduling_strategy": here}
-        self._actor = ray.remote(RewardActor).options(**options).remote(self._label)
+        self._actor = await create(RewardActor, self._label, self._label, num_cpus=0, scheduling_strategy=here)
         loading = self._actor.load.remote(self._name, self._index, self._base_dir)
         try:
             self.pid = await call(loading, self._who, LOAD_TIMEOUT_S)

@@ -12,7 +12,7 @@ import numpy as np
 import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rlx.cluster.calls import call, stream
+from rlx.cluster.calls import call, create, stream
 from rlx.cluster.ray_runtime import RayRuntime
 from rlx.cluster.rollout_actor import Place, RolloutActor
 from rlx.errors import ServiceUnavailable
@@ -67,19 +67,20 @@ class RayWorker:
         """Make the actor, load the engine. The caller bounds the loading."""
         assert self._runtime.layout is not None, "nothing is reserved yet"
         self._enter("starting its process")
+        if self._actor is not None:
+            ray.kill(self._actor)  # the handle of a dead one keeps its name
         bundle = self._runtime.layout.bundles[self._index]
         strategy = PlacementGroupSchedulingStrategy(self._runtime.group, placement_group_bundle_index=self._index)
-        self._actor = (
-            ray.remote(RolloutActor)
-            .options(
-                name=self.name,
-                num_cpus=bundle.get("CPU", 0),
-                num_gpus=bundle.get("GPU", 0),
-                max_concurrency=_CONCURRENCY,
-                max_restarts=0,
-                scheduling_strategy=strategy,
-            )
-            .remote(self.name, self._build_engine, str(self.log.absolute()))
+        self._actor = await create(
+            RolloutActor,
+            self.name,
+            self.name,
+            self._build_engine,
+            str(self.log.absolute()),
+            num_cpus=bundle.get("CPU", 0),
+            num_gpus=bundle.get("GPU", 0),
+            max_concurrency=_CONCURRENCY,
+            scheduling_strategy=strategy,
         )
         self._place = await call(self._actor.place.remote(), self._who, CREATE_TIMEOUT_S)
         self._enter("loading the model")
@@ -100,7 +101,7 @@ class RayWorker:
 
     async def commit(self, manifest: WeightManifest, path: str) -> str:
         """On the gateway's node the file is read in place; to other nodes its bytes travel through Ray."""
-        if self._place is not None and self._place.node_id != ray.get_runtime_context().get_node_id():
+        if self.node_id != ray.get_runtime_context().get_node_id():
             return await self._call("commit_bytes", manifest, self._parcel.of(manifest, path))
         return await self._call("commit", manifest, path)
 
@@ -127,6 +128,11 @@ class RayWorker:
         finally:
             ray.kill(actor)
             self._enter("closed")
+
+    @property
+    def node_id(self) -> str:
+        """Ray's id of the node that the actor runs on; empty before `start`."""
+        return self._place.node_id if self._place is not None else ""
 
     @property
     def seconds_in_phase(self) -> float:

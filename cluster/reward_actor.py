@@ -14,6 +14,8 @@ from rlx.wire import RewardOutcome
 class RewardActor:
     """Scores one group at a time. `ray_scorer.RayScorer` is its other end."""
 
+    _label = "rlx-reward"  # for Ray's messages about an actor that could not be made
+
     def __init__(self, label: str):
         self._label = label
         self._worker: RewardWorker | None = None

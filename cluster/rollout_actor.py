@@ -31,6 +31,8 @@ class Place:
 class RolloutActor:
     """Every method runs in the actor's event loop; `ray_worker.RayWorker` is its other end."""
 
+    _name = "rlx-rollout"  # for Ray's messages about an actor that could not be made
+
     def __init__(self, name: str, build_engine: Callable[[], Engine], log: str):
         self._name = name
         self._build_engine = build_engine
