@@ -15,8 +15,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from rlx.cluster.layout import plan_layout, this_machine
 from rlx.cluster.progress import say
@@ -24,20 +26,21 @@ from rlx.config import Config
 from rlx.errors import DeadlineExceeded
 from rlx.processes import die_with_parent, kill_tree, stop_process
 
+RLX = (sys.executable, "-u", "-m", "rlx.cli")
 _POLL_S = 0.1
 _RAY_START_S = 180.0
 _LEARNER_GRACE_S = 60.0
 _SERVICE_GRACE_S = 60.0
 
 
-def run_main(config: Config, overrides: list[str], num_processes: int) -> int:
+def run_main(config: Config, overrides: list[str], num_processes: int, *, program: Sequence[str] = RLX) -> int:
     """Train to the end. The exit status is that of the part that failed first, 0 when none did."""
     environment = dict(os.environ)
     if not os.environ.get("RAY_ADDRESS"):
         layout = plan_layout(this_machine(), config, num_processes)
         if layout.resource == "GPU":
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(layout.learner_gpus)
-    run = _Run(config, overrides)
+    run = _Run(config, overrides, program)
     try:
         return run.to_the_end(num_processes, environment)
     finally:
@@ -45,9 +48,10 @@ def run_main(config: Config, overrides: list[str], num_processes: int) -> int:
 
 
 class _Run:
-    def __init__(self, config: Config, overrides: list[str]):
+    def __init__(self, config: Config, overrides: list[str], program: Sequence[str]):
         self._config = config
         self._overrides = overrides
+        self._program = program
         self._log_path = Path(config.output_dir) / "service.log"
         self._log_path.parent.mkdir(parents=True, exist_ok=True)
         self._ready = threading.Event()
@@ -66,8 +70,7 @@ class _Run:
             return code
         if self._interrupted:
             return 128 + self._interrupted
-        self._learner = _start("train", self._config, ["--num-processes", str(num_processes), *self._overrides],
-                               env=environment)  # fmt: skip
+        self._learner = self._start("train", "--num-processes", str(num_processes), env=environment)
         while self._learner.poll() is None and service.poll() is None and time.monotonic() < self._give_up_at:
             time.sleep(_POLL_S)
         if self._learner.poll() not in (None, 0):
@@ -85,10 +88,13 @@ class _Run:
         if self._reader is not None:
             self._reader.join(_SERVICE_GRACE_S)
 
+    def _start(self, command: str, *arguments: str, **options: Any) -> subprocess.Popen[bytes]:
+        """An `rlx` command in a session of its own, so that the terminal's Ctrl-C comes to us only; it ends with us."""
+        line = [*self._program, command, str(self._config.path), *arguments, *self._overrides]
+        return subprocess.Popen(line, start_new_session=True, preexec_fn=_ends_with_parent, **options)
+
     def _start_service(self) -> subprocess.Popen[bytes]:
-        self._service = _start(
-            "vllm-serve", self._config, self._overrides, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
+        self._service = self._start("vllm-serve", stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         self._reader = threading.Thread(target=self._read, args=(self._service,), daemon=True)
         self._reader.start()
         return self._service
@@ -141,12 +147,6 @@ class _Run:
         self._give_up_at = time.monotonic() + _LEARNER_GRACE_S
         if self._learner is not None and self._learner.poll() is None:
             self._learner.send_signal(number)
-
-
-def _start(command: str, config: Config, arguments: list[str], **options: object) -> subprocess.Popen[bytes]:
-    """An `rlx` command in a session of its own, so that the terminal's Ctrl-C comes to us only; it ends with us."""
-    line = [sys.executable, "-u", "-m", "rlx.cli", command, str(config.path), *arguments]
-    return subprocess.Popen(line, start_new_session=True, preexec_fn=_ends_with_parent, **options)  # type: ignore[call-overload]
 
 
 def _ends_with_parent() -> None:

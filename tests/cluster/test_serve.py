@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from fakes import write_config
+
+from rlx.cluster.serve import serve
+from rlx.config import Config
+from rlx.errors import ConfigError
+from rlx.processes import alive, descendants, free_port
+from rlx.rollout.gateway import bind
+
+START_TIMEOUT_S = 120
+GROUP = {"key": "a", "prompt": "x", "prompt_ids": [1, 2], "n": 2, "sampling": {"max_tokens": 4}, "columns": {}}
+
+
+class Service:
+    """A running `serve_fake.py`."""
+
+    def __init__(self, config: Config, engine: str, environment: dict[str, str]):
+        self.url = config.base_url
+        self.output = config.path.parent / "output.txt"
+        script = str(Path(__file__).with_name("serve_fake.py"))
+        with self.output.open("wb") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-u", script, str(config.path), engine],
+                stdout=output, stderr=output, env={**os.environ, **environment}, start_new_session=True,
+            )  # fmt: skip
+
+    def statuses_until_ready(self) -> list[tuple[int, str]]:
+        """Every distinct answer of /health until it is 200."""
+        seen: list[tuple[int, str]] = []
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < deadline and self.process.poll() is None:
+            try:
+                answer = httpx.get(f"{self.url}/health", timeout=5)
+            except httpx.TransportError:
+                time.sleep(0.1)
+                continue
+            if (now := (answer.status_code, answer.json()["status"])) not in seen:
+                seen.append(now)
+            if answer.status_code == 200:
+                return seen
+            time.sleep(0.1)
+        raise AssertionError(f"never ready: {seen}\n{self.output.read_text()}")
+
+
+@contextmanager
+def service(config: Config, engine: str = "fake", **environment: str) -> Iterator[Service]:
+    running = Service(config, engine, environment)
+    try:
+        yield running
+    finally:
+        running.process.kill()
+        running.process.wait()
+
+
+def left_of(processes: dict[int, int], within_s: float) -> list[str]:
+    """The command lines of `processes` that still run after `within_s` seconds."""
+    deadline = time.monotonic() + within_s
+    while (left := [pid for pid, since in processes.items() if alive(pid, since)]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return [Path(f"/proc/{pid}/cmdline").read_bytes().decode() for pid in left]
+
+
+def port_is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        return probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+def write(folder: Path, **vllm: object) -> Config:
+    return write_config(folder, port=free_port("127.0.0.1", 18000), **vllm)
+
+
+@pytest.mark.slow
+def test_sigterm_drains_and_leaves_no_process_no_port_and_no_ray(tmp_path):
+    config = write(tmp_path)
+    with service(config) as running:
+        assert running.statuses_until_ready() == [(503, "loading"), (200, "ok")]
+        answer = httpx.post(f"{running.url}/v1/rollouts", json=GROUP, timeout=30).json()
+        assert answer["worker"] == "rlx-rollout-0"
+        assert [c["rewards"]["reward_functions.length"] for c in answer["completions"]] == [
+            len(c["text"]) for c in answer["completions"]
+        ]
+        below = descendants(running.process.pid)
+        assert len(below) > 5
+        temp_dirs = set(Path("/tmp").glob("rlx-*/session_latest"))
+        running.process.send_signal(signal.SIGTERM)
+        assert running.process.wait(40) == 0
+        assert left_of(below, within_s=4) == []
+    assert port_is_free(config.vllm.port)
+    assert len(set(Path("/tmp").glob("rlx-*/session_latest"))) < len(temp_dirs)
+    text = running.output.read_text()
+    assert f"ready: {config.base_url}, 1 worker, version 0, dashboard http://127.0.0.1:" in text
+    assert text.rstrip().endswith("stopped")
+    assert "Traceback" not in text
+
+
+@pytest.mark.slow
+def test_after_sigkill_nothing_stays_either(tmp_path):
+    config = write(tmp_path)
+    with service(config) as running:
+        running.statuses_until_ready()
+        time.sleep(1.5)  # the watchdog looks every second
+        below = descendants(running.process.pid)
+        running.process.kill()
+        running.process.wait()
+        assert left_of(below, within_s=8) == []
+    assert port_is_free(config.vllm.port)
+
+
+@pytest.mark.slow
+def test_an_engine_that_does_not_load_ends_the_service_with_its_error(tmp_path):
+    config = write_config(tmp_path, "cluster: {dashboard: false}", port=free_port("127.0.0.1", 18000))
+    with service(config, engine="broken") as running:
+        below: dict[int, int] = {}
+        while running.process.poll() is None:
+            below |= descendants(running.process.pid)
+            time.sleep(0.2)
+        assert running.process.returncode == 1
+        assert left_of(below, within_s=4) == []
+    text = running.output.read_text()
+    assert text.rstrip().splitlines()[-1] == "error: worker rlx-rollout-0: no model here"
+    assert "Traceback" not in text
+
+
+@pytest.mark.slow
+def test_two_gpus_asked_of_a_joined_cluster_with_one_is_an_error_with_the_keys(cluster, tmp_path):
+    node = cluster.add_node(num_gpus=1, num_cpus=0, object_store_memory=100 * 2**20)
+    cluster.wait_for_nodes()
+    try:
+        config = write(tmp_path, data_parallel_size=2)
+        with service(config, RAY_ADDRESS=cluster.address) as running:
+            assert running.process.wait(START_TIMEOUT_S) == 2
+    finally:
+        cluster.remove_node(node)
+    last = running.output.read_text().rstrip().splitlines()[-1]
+    assert "vllm.data_parallel_size asks for 1 × 2 = 2 GPUs, and the Ray cluster at" in last
+    assert "has 1. Write `vllm.data_parallel_size: 1`." in last
+
+
+def test_a_port_in_use_is_an_error_before_anything_starts(tmp_path):
+    config, before = write(tmp_path), descendants(os.getpid())
+    with (
+        bind("127.0.0.1", config.vllm.port),
+        pytest.raises(ConfigError, match=f"vllm.port: {config.vllm.port} is in use"),
+    ):
+        asyncio.run(serve(config))
+    assert descendants(os.getpid()).keys() <= before.keys()
+
+
+def test_an_address_that_others_can_reach_needs_a_token_of_the_users(tmp_path, monkeypatch):
+    monkeypatch.delenv("RLX_TOKEN", raising=False)
+    with pytest.raises(ConfigError, match=r"vllm.host is 0.0.0.0.*RLX_TOKEN"):
+        asyncio.run(serve(write(tmp_path, host="0.0.0.0")))
