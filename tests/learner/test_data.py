@@ -55,12 +55,12 @@ def test_local_files_load_without_a_path(tmp_path):
 
 def test_an_edited_transform_takes_effect_at_once(tmp_path, monkeypatch):
     transform(tmp_path, "def t(cfg):\n    return lambda row: {'prompt': 'old'}\n")
-    config = config_with(tmp_path, "{path: rows.jsonl, type: mine.t}", "dataset_prepared_path: prepared\n")
+    config = config_with(tmp_path, "{path: rows.jsonl, type: mine.t}", f"dataset_prepared_path: {tmp_path}/prepared\n")
     assert load_prompts(config, make_tiny_tokenizer())[0].prompts[0].prompt == "old"
     other = tmp_path / "other"
     other.mkdir()
     transform(other, "def t(cfg):\n    return lambda row: {'prompt': 'new'}\n")
-    config = config_with(other, "{path: rows.jsonl, type: mine.t}", "dataset_prepared_path: ../prepared\n")
+    config = config_with(other, "{path: rows.jsonl, type: mine.t}", f"dataset_prepared_path: {tmp_path}/prepared\n")
     assert load_prompts(config, make_tiny_tokenizer())[0].prompts[0].prompt == "new"
 
 
