@@ -104,7 +104,8 @@ class RolloutService:
 
     async def drain(self, timeout_s: float) -> None:
         """Refuse new rollouts, give the running ones `timeout_s` seconds, cancel what is left, close every part."""
-        self._state = "stopping"
+        if self._state != "failed":
+            self._state = "stopping"
         if running := self._groups.running():
             await asyncio.wait(running, timeout=timeout_s)
         leftovers = [*self._groups.running(), *self._probes]

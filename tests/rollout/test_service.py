@@ -268,9 +268,10 @@ async def test_a_worker_that_does_not_start_is_named_and_the_progress_is_told():
     service = make_service(workers)
     with pytest.raises(ModelError, match="worker bad: no such folder"):
         await service.start()
-    assert service.health()[1]["status"] == "failed"
-    assert "bad" in service.health()[1]["cause"]
     await service.drain(0)
+    assert service.health()[1]["status"] == "failed"
+    assert service.health()[1]["cause"] == "worker bad: no such folder"
+    assert [worker.closed for worker in workers] == [True, True]
 
 
 async def test_a_start_that_takes_too_long_names_who_is_waited_for():
@@ -345,11 +346,14 @@ async def test_the_weight_file_is_private_and_gone_after_the_commit(monkeypatch,
         assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("sent", [b"abcX", b"abc", b"abcde"])
-async def test_wrong_bytes_are_refused_the_old_version_serves_and_the_next_publish_works(sent):
+@pytest.mark.parametrize(
+    ("sent", "message"),
+    [(b"abcX", "changed on the way"), (b"abc", "4 bytes were announced, 3 came"), (b"abcde", "more than the 4")],
+)
+async def test_wrong_bytes_are_refused_the_old_version_serves_and_the_next_publish_works(sent, message):
     worker = LocalWorker()
     async with started(make_service([worker])) as service:
-        with pytest.raises(WeightSyncError, match="weights 1"):
+        with pytest.raises(WeightSyncError, match=f"weights 1: .*{message}"):
             await publish(service, 1, b"abcd", sent)
         assert worker.committed == []
         assert (await service.rollout(group("old"))).completions[0].versions == ((0, 3),)
@@ -416,6 +420,16 @@ async def test_a_learner_that_crashed_before_the_commit_does_not_block_the_next(
             await stalled
         assert worker.committed == [b"efgh"]
         assert list(tmp_path.iterdir()) == []
+
+
+async def test_an_update_that_was_not_committed_leaves_with_the_next_or_with_the_service(monkeypatch, tmp_path):
+    monkeypatch.setattr(weights_store, "SHARED_MEMORY", tmp_path)
+    async with started(make_service([LocalWorker()])) as service:
+        for data in (b"abcd", b"efgh"):
+            await service.weights.announce(weights(1, data))
+            await service.weights.receive(1, chunks(data))
+            assert [path.read_bytes() for path in tmp_path.glob("*/*")] == [data]
+    assert list(tmp_path.iterdir()) == []
 
 
 async def test_bytes_that_do_not_come_in_time_are_given_up():
