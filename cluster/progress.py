@@ -14,6 +14,7 @@ from rich.console import Console
 Say = Callable[[str], None]
 _LOOK_INTERVAL_S = 0.5
 _REPEAT_INTERVAL_S = 15.0
+_SILENT = ("waiting", "closed")
 
 
 class Loading(Protocol):
@@ -54,10 +55,10 @@ async def _lines(parts: Sequence[Loading], say: Say) -> None:
     while True:
         for part in parts:
             phase, since = said.get(part.name, ("", 0.0))
-            if phase == part.phase and time.monotonic() - since < _REPEAT_INTERVAL_S:
+            if phase == part.phase and (phase == "ready" or time.monotonic() - since < _REPEAT_INTERVAL_S):
                 continue
             elapsed = f" ({part.seconds_in_phase:.0f} s)" if phase == part.phase else ""
-            if part.phase not in ("ready", "closed") or not elapsed:
+            if part.phase not in _SILENT:
                 say(f"{part.name}: {part.phase}{elapsed}")
             said[part.name] = (part.phase, time.monotonic())
         await asyncio.sleep(_LOOK_INTERVAL_S)

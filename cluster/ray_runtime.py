@@ -7,6 +7,7 @@ we only take a placement group; the actors on it end with our connection.
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import logging
 import os
 import shutil
@@ -24,6 +25,8 @@ from rlx.errors import ConfigError, ServiceError, ServiceUnavailable
 from rlx.processes import descendants, end_processes, free_port
 
 PLACEMENT_TIMEOUT_S = 60.0
+# Ray's sockets live below it, and a socket's path may have 107 characters.
+_TEMP_ROOT, _TEMP_PREFIX = Path("/tmp"), "rlx-ray-"
 _WAIT_SLICE_S = 1.0
 _STOP_GRACE_S = 5.0
 _ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
@@ -40,6 +43,7 @@ class RayRuntime:
         self.dashboard_url = ""
         self._config = config
         self._temp_dir: Path | None = None
+        self._lock = -1
         self._before: dict[int, int] = {}
 
     def start(self) -> None:
@@ -77,6 +81,7 @@ class RayRuntime:
         self._shutdown()
         if self._temp_dir is not None:
             shutil.rmtree(self._temp_dir, ignore_errors=True)
+            os.close(self._lock)
 
     def _start_local(self) -> None:
         inventory = this_machine()
@@ -84,8 +89,10 @@ class RayRuntime:
         cluster = self._config.cluster
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        # Ray's sockets live below it, and a socket's path may have 107 characters.
-        self._temp_dir = Path(tempfile.mkdtemp(prefix="rlx-", dir="/tmp"))
+        _remove_leftovers()
+        self._temp_dir = Path(tempfile.mkdtemp(prefix=_TEMP_PREFIX, dir=_TEMP_ROOT))
+        self._lock = os.open(self._temp_dir, os.O_RDONLY)
+        fcntl.flock(self._lock, fcntl.LOCK_SH)
         with _visible_gpus(layout.service_gpus):
             try:
                 context = ray.init(
@@ -154,6 +161,21 @@ def _visible_gpus(names: tuple[str, ...]) -> Iterator[None]:
         del os.environ["CUDA_VISIBLE_DEVICES"]
         if saved is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = saved
+
+
+def _remove_leftovers() -> None:
+    """Remove the folders of this user's services that were killed, with Ray's logs in them: nobody holds their lock."""
+    for folder in _TEMP_ROOT.glob(f"{_TEMP_PREFIX}*"):
+        if folder.stat().st_uid != os.getuid():
+            continue
+        lock = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+        except BlockingIOError:
+            pass
+        finally:
+            os.close(lock)
 
 
 def _url(address: str | None) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rlx.cluster import watchdog
-from rlx.cluster.engines import EngineFactory, vllm_engine
+from rlx.cluster.engines import EngineFactory, check_model, vllm_engine
 from rlx.cluster.progress import Say, say, shown
 from rlx.cluster.ray_runtime import RayRuntime
 from rlx.cluster.ray_scorer import RayScorer
@@ -39,6 +39,8 @@ def serve_main(config: Config, *, engine: EngineFactory = vllm_engine) -> int:
 async def serve(config: Config, *, engine: EngineFactory = vllm_engine, on_progress: Say = say) -> int:
     """The same inside an event loop. 0 after a drain, 128 + signal when stopped while loading."""
     token = _token(config)
+    if engine is vllm_engine:
+        check_model(config)
     listener = bind(config.vllm.host, config.vllm.port)
     stop = _Stop(on_progress)
     watchdog.guard()

@@ -16,7 +16,7 @@ import pytest
 from fakes import write_config
 
 from rlx.cluster.serve import serve
-from rlx.config import Config
+from rlx.config import Config, load_config
 from rlx.errors import ConfigError
 from rlx.processes import alive, descendants, free_port
 from rlx.rollout.gateway import bind
@@ -96,12 +96,12 @@ def test_sigterm_drains_and_leaves_no_process_no_port_and_no_ray(tmp_path):
         ]
         below = descendants(running.process.pid)
         assert len(below) > 5
-        temp_dirs = set(Path("/tmp").glob("rlx-*/session_latest"))
+        temp_dirs = set(Path("/tmp").glob("rlx-ray-*/session_latest"))
         running.process.send_signal(signal.SIGTERM)
         assert running.process.wait(40) == 0
         assert left_of(below, within_s=4) == []
     assert port_is_free(config.vllm.port)
-    assert len(set(Path("/tmp").glob("rlx-*/session_latest"))) < len(temp_dirs)
+    assert len(set(Path("/tmp").glob("rlx-ray-*/session_latest"))) < len(temp_dirs)
     text = running.output.read_text()
     assert f"ready: {config.base_url}, 1 worker, version 0, dashboard http://127.0.0.1:" in text
     assert text.rstrip().endswith("stopped")
@@ -165,3 +165,10 @@ def test_an_address_that_others_can_reach_needs_a_token_of_the_users(tmp_path, m
     monkeypatch.delenv("RLX_TOKEN", raising=False)
     with pytest.raises(ConfigError, match=r"vllm.host is 0.0.0.0.*RLX_TOKEN"):
         asyncio.run(serve(write(tmp_path, host="0.0.0.0")))
+
+
+def test_a_model_folder_that_is_not_there_is_an_error_before_anything_starts(tmp_path):
+    path = write(tmp_path).path
+    path.write_text(path.read_text().replace("base_model: fake", "base_model: ./no/model"))
+    with pytest.raises(ConfigError, match=r"config.yaml: base_model: there is no folder './no/model'"):
+        asyncio.run(serve(load_config(path)))
