@@ -8,7 +8,7 @@ import struct
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
@@ -25,6 +25,7 @@ from rlx.wire import (
     encode_frame,
 )
 
+FUZZ = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])  # machines are shared
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
 SECONDS = st.floats(0, 1e6)
 TOKEN = st.integers(0, 2**31 - 1)
@@ -111,6 +112,7 @@ def only_a_wire_error(decode, data: bytes) -> None:
         decode(data)
 
 
+@FUZZ
 @given(REQUESTS)
 def test_a_request_comes_back_as_it_was(request):
     back = GroupRequest.decode(request.encode())
@@ -119,16 +121,19 @@ def test_a_request_comes_back_as_it_was(request):
     assert [getattr(back, name) for name in fields] == [getattr(request, name) for name in fields]
 
 
+@FUZZ
 @given(results())
 def test_a_result_comes_back_as_it_was_nan_included(result):
     same_result(GroupResult.decode(result.encode()), result)
 
 
+@FUZZ
 @given(results())
 def test_a_result_for_people_is_json(result):
     assert json.loads(json.dumps(result.to_json()))["key"] == result.key
 
 
+@FUZZ
 @given(st.data())
 def test_a_truncated_frame_is_a_wire_error(data):
     frame, decode = data.draw(
@@ -140,6 +145,7 @@ def test_a_truncated_frame_is_a_wire_error(data):
         decode(frame[:cut])
 
 
+@FUZZ
 @given(st.data())
 def test_a_frame_with_bytes_appended_is_a_wire_error(data):
     frame = data.draw(results()).encode() + data.draw(st.binary(min_size=1, max_size=9))
@@ -147,6 +153,7 @@ def test_a_frame_with_bytes_appended_is_a_wire_error(data):
         GroupResult.decode(frame)
 
 
+@FUZZ
 @given(results(), st.data())
 def test_a_flipped_byte_gives_another_result_or_a_wire_error(result, data):
     frame = bytearray(result.encode())
@@ -154,6 +161,7 @@ def test_a_flipped_byte_gives_another_result_or_a_wire_error(result, data):
     only_a_wire_error(GroupResult.decode, bytes(frame))
 
 
+@FUZZ
 @given(JSON | st.fixed_dictionaries({"blocks": JSON | st.lists(st.lists(JSON, min_size=3, max_size=3))}), st.binary())
 def test_any_json_as_a_header_decodes_or_is_a_wire_error(header, payload):
     head = json.dumps(header).encode()
@@ -162,6 +170,7 @@ def test_any_json_as_a_header_decodes_or_is_a_wire_error(header, payload):
         only_a_wire_error(decode, frame)
 
 
+@FUZZ
 @given(
     st.dictionaries(st.sampled_from(["key", "prompt", "prompt_ids", "n", "sampling", "columns", "deadline_s"]), JSON)
 )
@@ -170,6 +179,7 @@ def test_any_json_as_a_request_is_a_request_or_a_wire_error(body):
     only_a_wire_error(GroupRequest.from_json, {"key": "k", "prompt": "", "prompt_ids": [1], "n": 1, **body})
 
 
+@FUZZ
 @given(JSON)
 def test_any_json_as_a_manifest_is_a_manifest_or_a_wire_error(body):
     only_a_wire_error(WeightManifest.from_json, body)

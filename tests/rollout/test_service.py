@@ -238,6 +238,23 @@ async def test_health_wants_a_real_token_not_only_an_answer():
         assert "no token" in service.health()[1]["cause"]
 
 
+async def test_a_worker_whose_newest_token_is_too_old_is_not_healthy_whatever_the_probe_does():
+    settings = QUICK.model_copy(update={"probe_interval": 100.0, "probe_timeout": 0.1})
+    async with started(make_service([LocalWorker("w")], settings=settings)) as service:
+        await asyncio.sleep(0.15)
+        assert service.health()[1]["status"] == "down"
+        assert service.health()[1]["cause"].startswith("w generated no token for")
+        await service.rollout(group())
+
+
+async def test_a_stream_that_nobody_reads_frees_its_worker():
+    async with started(make_service([LocalWorker()])) as service:
+        lines = await service.openai("completions", {"stream": True})
+        assert service.fleet.statuses()[0].in_flight == 1
+        del lines
+        await eventually(lambda: service.fleet.statuses()[0].in_flight == 0)
+
+
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
