@@ -212,9 +212,7 @@ class RolloutService:
                 answer = await member.worker.openai(route, body)
             if isinstance(answer, dict):
                 return answer
-            lines = _hold_while_streaming(answer, held.pop_all(), member.name, seconds)
-        await anext(lines)
-        return lines
+            return _hold_while_streaming(answer, held.pop_all(), member.name, seconds)
 
     async def prompt_logprobs(self, ids: np.ndarray, worker: str | None = None) -> dict[str, np.ndarray]:
         """log p of `ids` int32 [T] on every ready worker, or on the named one: float32 [T-1] by worker name."""
@@ -234,10 +232,8 @@ class RolloutService:
 async def _hold_while_streaming(
     lines: AsyncIterator[str], held: ExitStack, name: str, seconds: float
 ) -> AsyncIterator[str]:
-    """`lines`, each within `seconds`; the worker stays charged until the last. The first item is empty: asking for it
-    starts the generator, so that dropping it releases the worker."""
+    """`lines`, each within `seconds`; the worker stays charged until the last, or until the generator is dropped."""
     with held:
-        yield ""
         while True:
             async with deadline(seconds, lambda: f"worker {name} sent nothing for {seconds:g} s"):
                 line = await anext(lines, None)
