@@ -104,7 +104,9 @@ class FakeEngine:
         self._open.set()
 
     async def _sequence(self, last: int, sampling: Sampling) -> Completion:
-        ids, logprobs, versions = [], [], []
+        ids: list[int] = []
+        logprobs: list[float] = []
+        versions: list[list[int]] = []
         last %= self._vocab_size
         while len(ids) < sampling.max_tokens and (not ids or ids[-1] != END):
             await asyncio.sleep(self._seconds_per_token)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -13,13 +14,13 @@ import numpy as np
 from rlx.errors import DeadlineExceeded, ModelError, ServiceError, ServiceUnavailable, WeightSyncError
 from rlx.rollout.manifest import check_file, check_manifest, checkpoint_specs
 from rlx.rollout.vllm_params import VllmOptions, engine_args, prompt_logprobs_params, sampling_params
-from rlx.rollout.vllm_start import first_cause, prepare_environment
+from rlx.rollout.vllm_start import first_cause, forget_environment, prepare_environment
 from rlx.rollout.vllm_update import join_nccl, update_from_file, update_over_nccl
 from rlx.rollout.vllm_versions import TokenVersions
 from rlx.wire import Completion, Sampling, TensorSpec, WeightManifest
 
-_SHUTDOWN_S = 1.0
-"""Until vLLM kills its engine core, whose worker does not leave by itself for many seconds."""
+_SHUTDOWN_S = 2.5
+"""Until vLLM kills its engine core, which has freed what it holds by then but takes its time to leave."""
 
 
 class VllmEngine:
@@ -34,6 +35,7 @@ class VllmEngine:
     def __init__(self, options: VllmOptions):
         self._options = options
         self._llm: Any = None
+        self._causes: Path | None = None
         self._front: Any = None
         self._specs: tuple[TensorSpec, ...] = ()
         self._version = 0
@@ -45,17 +47,26 @@ class VllmEngine:
         self._last_token = time.monotonic()
 
     async def start(self) -> None:
-        causes = prepare_environment(self._options.start_timeout_s)
+        self._causes = prepare_environment(self._options.start_timeout_s)
+        others = set(multiprocessing.active_children())
         starting = asyncio.ensure_future(asyncio.to_thread(self._start_vllm))
         try:
-            await asyncio.wait_for(asyncio.shield(starting), self._options.start_timeout_s)
-        except TimeoutError:
-            raise DeadlineExceeded(
-                f"vLLM did not start {self._options.model} within {self._options.start_timeout_s:.0f} s"
-            ) from None
-        except (Exception, SystemExit) as error:
-            raise ModelError(f"vLLM could not start {self._options.model}: {first_cause(causes, error)}") from error
-        await self.generate("warm-up", np.zeros(1, np.int32), 1, Sampling(max_tokens=2))
+            async with asyncio.timeout(self._options.start_timeout_s):
+                await asyncio.shield(starting)
+                await self.generate("warm-up", np.zeros(1, np.int32), 1, Sampling(max_tokens=2))
+        except BaseException as error:
+            for process in set(multiprocessing.active_children()) - others:
+                process.kill()
+            await asyncio.wait([starting], timeout=_SHUTDOWN_S)
+            cause = first_cause(self._causes, error)
+            await self.close()
+            if isinstance(error, TimeoutError):
+                raise DeadlineExceeded(
+                    f"vLLM did not start {self._options.model} within {self._options.start_timeout_s:.0f} s"
+                ) from None
+            if isinstance(error, asyncio.CancelledError):
+                raise
+            raise ModelError(f"vLLM could not start {self._options.model}: {cause}") from error
 
     async def generate(self, request_id: str, prompt_ids: np.ndarray, n: int, sampling: Sampling) -> list[Completion]:
         await self._admission()
@@ -107,7 +118,12 @@ class VllmEngine:
         if self._llm is not None:
             llm, self._llm = self._llm, None
             self._broken = "the engine is closed"
+            if llm.output_handler is not None:
+                llm.output_handler.cancel()
             await asyncio.to_thread(llm.shutdown, _SHUTDOWN_S)
+        if self._causes is not None:
+            forget_environment(self._causes)
+            self._causes = None
 
     def _start_vllm(self) -> None:
         from vllm.v1.engine.async_llm import AsyncLLM
@@ -163,7 +179,7 @@ class VllmEngine:
         except (VLLMClientError, ValueError) as error:
             raise ServiceError(f"vLLM refused the request {request_id}: {error}") from error
         except EngineDeadError as error:
-            self._broken = "its engine process died"
+            self._broken = f"its engine process died: {first_cause(self._causes, error)}"
             raise ServiceUnavailable(f"this vLLM engine cannot be used any more: {self._broken}") from error
         finally:
             if adding.done() and not adding.cancelled() and adding.exception() is None:

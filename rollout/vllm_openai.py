@@ -13,8 +13,10 @@ from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.exceptions import VLLMClientError
 from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
 
 
 class OpenAIFront:
@@ -45,8 +47,10 @@ class OpenAIFront:
         except ValidationError as error:
             first = error.errors()[0]
             return _refusal(400, f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
-        except ValueError as error:
+        except (VLLMClientError, ValueError) as error:
             return _refusal(400, str(error))
+        except EngineDeadError as error:
+            return _refusal(503, str(error))
         if isinstance(answer, ErrorResponse):
             return _refusal(answer.error.code, answer.error.message)
         return answer if isinstance(answer, AsyncIterator) else answer.model_dump(mode="json")

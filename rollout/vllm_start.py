@@ -1,19 +1,30 @@
-"""Starting vLLM: the environment it reads, and the first cause when one of its processes fails.
+"""Starting vLLM: the environment it reads, the first cause when one of its processes fails, and none outliving us.
 
-vLLM's engine core and workers are processes of their own; when one fails, the host sees only "Engine core
-initialization failed". `FirstCause` is a logging handler that vLLM's logging configuration puts into each of them: it
-writes the exceptions they log, in order, to a file that the host reads. No log text is parsed.
+vLLM's engine core and workers are processes of their own. `ProcessHook` is a logging handler that vLLM's logging
+configuration puts into each of them as soon as it imports vLLM, which is the earliest moment we can have:
+
+- When one fails, the host sees only "Engine core initialization failed". The hook writes the exceptions that are
+  logged, in order, to a file that the host reads; no log text is parsed.
+- When the host or the process's own parent is gone, the process kills itself. It watches process file descriptors,
+  not PR_SET_PDEATHSIG, which would also fire when merely the thread that started the process ends.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
+import select
+import shutil
+import signal
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
+HOST_PID = "RLX_ENGINE_HOST_PID"
+"""Environment variable naming the process that vLLM's processes must not outlive."""
 _CAUSE_FILE = "RLX_ENGINE_CAUSE_FILE"
 _QUIET = {
     "VLLM_NO_USAGE_STATS": "1",
@@ -24,11 +35,17 @@ _QUIET = {
 }
 
 
-class FirstCause(logging.Handler):
-    """Appends the root of each logged exception to the file that the host named."""
+class ProcessHook(logging.Handler):
+    """Appends the root of each logged exception to the file that the host named; see the module for the rest."""
+
+    def __init__(self, level: int | str = logging.NOTSET):
+        super().__init__(level)
+        host = int(os.environ.get(HOST_PID, os.getpid()))
+        if host != os.getpid():
+            _die_with(host)
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.exc_info and record.exc_info[1] is not None and _CAUSE_FILE in os.environ:
+        if record.exc_info and record.exc_info[1] is not None and os.path.exists(os.environ.get(_CAUSE_FILE, "")):
             error = record.exc_info[1]
             while error.__cause__ is not None:
                 error = error.__cause__
@@ -48,22 +65,49 @@ def prepare_environment(start_timeout_s: float) -> Path:
     config.write_text(json.dumps(_logging_config()))
     for key, value in _QUIET.items():
         os.environ.setdefault(key, value)
+    os.environ["VLLM_CONFIGURE_LOGGING"] = "1"
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     os.environ["VLLM_ENGINE_READY_TIMEOUT_S"] = str(int(start_timeout_s))
     os.environ["VLLM_LOGGING_CONFIG_PATH"] = str(config)
-    os.environ["RLX_ENGINE_HOST_PID"] = str(os.getpid())
+    os.environ[HOST_PID] = str(os.getpid())
     os.environ[_CAUSE_FILE] = str(causes)
     return causes
 
 
-def first_cause(causes: Path, error: BaseException) -> str:
+def forget_environment(causes: Path) -> None:
+    """Undo `prepare_environment` once the engine is gone, as far as no later engine has replaced it."""
+    for key, path in (("VLLM_LOGGING_CONFIG_PATH", causes.with_name("logging.json")), (_CAUSE_FILE, causes)):
+        if os.environ.get(key) == str(path):
+            del os.environ[key]
+    shutil.rmtree(causes.parent)
+
+
+def first_cause(causes: Path | None, error: BaseException) -> str:
     """`Type: message` of what failed first, in whichever process; `error` is what the host saw."""
-    if lines := causes.read_text().splitlines():
+    if causes is not None and (lines := causes.read_text().splitlines()):
         kind, message = json.loads(lines[0])
         return f"{kind}: {message}"
     while error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {error}"
+
+
+@functools.cache
+def _die_with(host: int) -> None:
+    """Kill this process as soon as the host or its parent is gone."""
+
+    def watch() -> None:
+        poller = select.poll()
+        try:
+            for pid in {host, os.getppid()}:
+                poller.register(os.pidfd_open(pid), select.POLLIN)
+        except ProcessLookupError:
+            pass
+        else:
+            poller.poll()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="rlx-host-watch", daemon=True).start()
 
 
 def _logging_config() -> dict[str, Any]:
@@ -77,6 +121,6 @@ def _logging_config() -> dict[str, Any]:
         "version": 1,
         "disable_existing_loggers": False,
         "formatters": {"vllm": {"format": "%(levelname)s %(asctime)s vllm %(filename)s:%(lineno)d] %(message)s"}},
-        "handlers": {"console": console, "cause": {"class": f"{__name__}.FirstCause", "level": "ERROR"}},
+        "handlers": {"console": console, "cause": {"class": f"{__name__}.ProcessHook", "level": "ERROR"}},
         "loggers": {"vllm": {"handlers": ["console", "cause"], "level": "INFO", "propagate": False}},
     }

@@ -1,16 +1,14 @@
-"""What runs inside vLLM's worker process: the file transport for weights, and dying with the host.
+"""What runs inside vLLM's worker process: the file transport for weights.
 
 `VllmOptions.worker_extension_cls` makes vLLM import this module in each worker process; the import registers the
-transport and starts the watch.
+transport.
 """
 
 from __future__ import annotations
 
+import atexit
 import mmap
 import os
-import select
-import signal
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -26,11 +24,9 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from rlx.rollout.manifest import fingerprint, read_layout
+from rlx.rollout.vllm_start import HOST_PID
 
 BACKEND = "rlx_file"
-HOST_PID = "RLX_ENGINE_HOST_PID"
-"""Environment variable naming the process that the engine must not outlive."""
-
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -124,36 +120,12 @@ def _tied_heads(model: torch.nn.Module) -> list[tuple[ParallelLMHead, VocabParal
     return [(h, e) for h in heads for e in embeddings if h.weight.data_ptr() == e.weight.data_ptr() != 0]
 
 
-def _die_with(host: int) -> None:
-    """End this process, and the engine core above it, as soon as the host or the engine core is gone.
-
-    Process file descriptors rather than PR_SET_PDEATHSIG: the host is the grandparent, and that signal also fires
-    when merely the thread that started the process ends.
-    """
-    engine_core = os.getppid()
-
-    def watch() -> None:
-        poller = select.poll()
-        try:
-            for pid in {host, engine_core}:
-                poller.register(os.pidfd_open(pid), select.POLLIN)
-        except ProcessLookupError:
-            pass
-        else:
-            poller.poll()
-        if os.getppid() == engine_core != host:
-            os.kill(engine_core, signal.SIGKILL)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    threading.Thread(target=watch, name="rlx-host-watch", daemon=True).start()
-
-
 def _enter_worker() -> None:
     if BACKEND not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(BACKEND, FileWeightTransferEngine)
-    host = os.environ.get(HOST_PID)
-    if host and int(host) != os.getpid():
-        _die_with(int(host))
+    if os.environ.get(HOST_PID, str(os.getpid())) != str(os.getpid()):
+        # Without this Python takes seconds to tear down torch after vLLM has freed everything.
+        atexit.register(os._exit, 0)
 
 
 _enter_worker()

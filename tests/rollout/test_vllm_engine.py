@@ -52,6 +52,7 @@ def test_a_sequence_over_two_swaps_has_three_runs_and_empty_ones_vanish() -> Non
     assert versions.runs(2, 9) == ((3, 9),)
 
 
+@pytest.mark.slow
 async def test_nccl_follows_the_steps_of_vllms_protocol() -> None:
     calls: list = []
 
@@ -87,6 +88,9 @@ async def test_requests_vllm_cannot_serve_are_refused_and_the_engine_lives_on(ti
     seeded = await engine.openai("completions", {"model": "tiny", "prompt": "a", "seed": 1})
     assert seeded["error"]["code"] == 400
     assert "seed" in seeded["error"]["message"]
+    long = await engine.openai("completions", {"model": "tiny", "prompt": "a" * 3000})
+    assert long["error"]["code"] == 400
+    assert "1024" in long["error"]["message"]
     [c] = await engine.generate("ok", np.ones(4, np.int32), 1, Sampling(max_tokens=4, extra={"ignore_eos": True}))
     assert c.ids.size == 4
 
