@@ -73,7 +73,7 @@ def ledger(split: Split, num_entries: int, seed: int) -> list[tuple[str, str]]:
     """The clerk's work: `num_entries` pairs (question, answer as written), none of them about a held-out pair."""
     rng = random.Random(f"ledger-{seed}")
     closed = {Sum(*order) for s in split.heldout for order in ((s.left, s.right), (s.right, s.left))}
-    entries = []
+    entries: list[tuple[str, str]] = []
     while len(entries) < num_entries:
         entry = Sum(rng.randrange(100), rng.randrange(100))
         if entry in closed:

@@ -43,6 +43,8 @@ def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
 
 def make(folder: Path, seed: int) -> dict[str, float]:
     """Make everything in the empty `folder`; returns what was measured."""
+    # On busy cores, threads that spin at OpenMP's barriers make a step a hundred times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     import torch
     from arithmetic import ledger, split_questions
     from characters import build_tokenizer
@@ -79,8 +81,11 @@ def main() -> None:
         print(f"{out} is complete: nothing to make")
         return
     started = time.monotonic()
+    made = identity(args.seed)
     out.mkdir(parents=True, exist_ok=True)
     (out / "made.json").unlink(missing_ok=True)
+    for unfinished in out.glob(".making-*"):
+        shutil.rmtree(unfinished)
     with tempfile.TemporaryDirectory(prefix=".making-", dir=out) as temporary:
         folder = Path(temporary)
         measured = make(folder, args.seed)
@@ -88,7 +93,7 @@ def main() -> None:
             if (out / name).exists():
                 shutil.rmtree(out / name)
             os.rename(folder / name, out / name)
-        (folder / "made.json").write_text(json.dumps(identity(args.seed) | measured, indent=2) + "\n")
+        (folder / "made.json").write_text(json.dumps(made | measured, indent=2) + "\n")
         os.rename(folder / "made.json", out / "made.json")
     print(f"made {out} in {time.monotonic() - started:.0f} s")
     print(

@@ -114,7 +114,7 @@ def pretrain(
     for step in range(recipe.num_steps):
         batch = entries[step * recipe.batch_size : (step + 1) * recipe.batch_size]
         loss = answer_loss(model, *encode(tokenizer, batch))
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
             optimizer.step()

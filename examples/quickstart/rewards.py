@@ -35,9 +35,9 @@ def shuffled_match(
     for index, prompt in enumerate(prompts):
         groups.setdefault(repr(prompt), []).append(index)
     dealt = [0.0] * len(scores)
-    for prompt, members in groups.items():
+    for asked, members in groups.items():
         hand = [scores[index] for index in members]
-        random.Random(f"{prompt}{[completions[index] for index in members]}").shuffle(hand)
+        random.Random(f"{asked}{[completions[index] for index in members]}").shuffle(hand)
         for index, score in zip(members, hand, strict=True):
             dealt[index] = score
     return dealt
