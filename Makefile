@@ -8,7 +8,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 .PHONY: quickstart install test test-fast check docs clean
 
 quickstart: install
-	@$(BIN)/python examples/quickstart/quickstart.py
+	@$(BIN)/python examples/quickstart/make_model.py --out examples/quickstart/out
+	@$(BIN)/rlx run examples/quickstart/quickstart.yaml --num-processes 2
 
 install: .venv/installed
 

@@ -47,9 +47,13 @@ def check_main(config: Config, num_processes: int) -> int:
 
 def _check_data(config: Config, found: _Findings) -> dict[str, Any] | None:
     """The first transformed row, or None when the data or the tokenizer cannot be had here."""
-    from rlx.learner.data import encode_prompt, first_row
-    from rlx.learner.model import load_tokenizer, located
+    import datasets
 
+    from rlx.hub import located
+    from rlx.learner.data import encode_prompt, first_row
+    from rlx.learner.model import load_tokenizer
+
+    datasets.disable_progress_bars()
     located(config, "base_model")
     tokenizer = None
     try:

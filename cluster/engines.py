@@ -3,24 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 from rlx.config import Config
-from rlx.errors import ConfigError
+from rlx.hub import located
 from rlx.rollout.engine import Engine
 
 EngineFactory = Callable[[Config, int], Engine]
 """Makes engine number `index` of `vllm.data_parallel_size`; a function of a module, as it travels to the actor."""
-
-
-def check_model(config: Config) -> None:
-    """ConfigError when `base_model` or `tokenizer_config` is a folder that is not there, before anything is started."""
-    for key, name in (("base_model", config.base_model), ("tokenizer_config", config.tokenizer_config or "")):
-        looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
-        if looks_local and not Path(config.local(name)).exists():
-            raise ConfigError(
-                f"{config.path}: {key}: there is no folder {name!r} next to the YAML or in the current folder."
-            )
 
 
 def vllm_engine(config: Config, index: int) -> Engine:
@@ -28,10 +17,10 @@ def vllm_engine(config: Config, index: int) -> Engine:
     from rlx.rollout.vllm_params import VllmOptions
 
     vllm = config.vllm
-    extra = {} if config.tokenizer_config is None else {"tokenizer": config.local(config.tokenizer_config)}
+    extra = {} if config.tokenizer_config is None else {"tokenizer": located(config, "tokenizer_config")}
     return VllmEngine(
         VllmOptions(
-            model=config.local(config.base_model),
+            model=located(config, "base_model"),
             dtype=vllm.dtype,
             max_model_len=config.max_model_len,
             tensor_parallel_size=vllm.tensor_parallel_size,

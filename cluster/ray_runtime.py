@@ -22,7 +22,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from rlx.cluster.layout import Inventory, Layout, plan_layout, this_machine, too_few_devices
 from rlx.config import Config
 from rlx.errors import ConfigError, ServiceError, ServiceUnavailable
-from rlx.processes import descendants, end_processes, free_port
+from rlx.processes import descendants, end_processes, is_free
 
 PLACEMENT_TIMEOUT_S = 60.0
 # Ray's sockets live below it, and a socket's path may have 107 characters.
@@ -87,6 +87,15 @@ class RayRuntime:
         inventory = this_machine()
         layout = plan_layout(inventory, self._config)
         cluster = self._config.cluster
+        if (
+            cluster.dashboard
+            and cluster.dashboard_port is not None
+            and not is_free("127.0.0.1", cluster.dashboard_port)
+        ):
+            raise ConfigError(
+                f"{self._config.path}: cluster.dashboard_port: port {cluster.dashboard_port} is in use. Write another, or "
+                "remove the key and a free one is taken."
+            )
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         _remove_leftovers()
@@ -101,7 +110,7 @@ class RayRuntime:
                     num_gpus=len(layout.service_gpus),
                     include_dashboard=cluster.dashboard,
                     dashboard_host="127.0.0.1",
-                    dashboard_port=free_port("127.0.0.1", cluster.dashboard_port) if cluster.dashboard else None,
+                    dashboard_port=cluster.dashboard_port,
                     object_store_memory=cluster.object_store_mib * 2**20,
                     logging_level="error",
                     _temp_dir=str(self._temp_dir),

@@ -15,16 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from rlx.cluster import watchdog
-from rlx.cluster.engines import EngineFactory, check_model, vllm_engine
+from rlx.cluster.engines import EngineFactory, vllm_engine
 from rlx.cluster.progress import Say, say, shown
 from rlx.cluster.ray_runtime import RayRuntime
 from rlx.cluster.ray_scorer import RayScorer
 from rlx.cluster.ray_worker import RayWorker, WeightParcel
 from rlx.config import Config
 from rlx.envs.single_turn import single_turn
-from rlx.errors import ConfigError
+from rlx.hub import located
 from rlx.rollout.app import create_app
-from rlx.rollout.auth import TOKEN_VARIABLE, service_token
+from rlx.rollout.auth import service_token
 from rlx.rollout.gateway import bind, serving
 from rlx.rollout.service import RolloutService
 
@@ -38,9 +38,9 @@ def serve_main(config: Config, *, engine: EngineFactory = vllm_engine) -> int:
 
 async def serve(config: Config, *, engine: EngineFactory = vllm_engine, on_progress: Say = say) -> int:
     """The same inside an event loop. 0 after a drain, 128 + signal when stopped while loading."""
-    token = _token(config)
+    token = service_token()
     if engine is vllm_engine:
-        check_model(config)
+        located(config, "base_model")
     listener = bind(config.vllm.host, config.vllm.port)
     stop = _Stop(on_progress)
     watchdog.guard()
@@ -63,6 +63,11 @@ async def serve(config: Config, *, engine: EngineFactory = vllm_engine, on_progr
         try:
             if not await stop.or_done(_load(runtime, service, workers, stop, on_progress)):
                 return 128 + stop.signal
+            if config.vllm.needs_token:
+                on_progress(
+                    f"note: {config.vllm.host} can be reached from other machines; every request needs the token of "
+                    "RLX_TOKEN or ~/.rlx/token"
+                )
             dashboard = f", dashboard {runtime.dashboard_url}" if runtime.dashboard_url else ""
             on_progress(
                 f"ready: {url}, {_count(len(workers), 'worker')}, version {service.fleet.weight_version}{dashboard}"
@@ -142,15 +147,6 @@ async def _to_its_end(function: Callable[[], None]) -> None:
     except asyncio.CancelledError:
         await asyncio.wait([task])
         raise
-
-
-def _token(config: Config) -> str:
-    if config.vllm.needs_token and not os.environ.get(TOKEN_VARIABLE, "").strip():
-        raise ConfigError(
-            f"{config.path}: vllm.host is {config.vllm.host}, which other machines can reach. Set the environment "
-            f"variable {TOKEN_VARIABLE} to a secret, here and for `rlx train`, or write `vllm.host: 127.0.0.1`."
-        )
-    return service_token()
 
 
 def _count(number: int, noun: str) -> str:

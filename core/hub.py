@@ -1,17 +1,19 @@
-"""Whether the model hub can be reached, found out once and quickly, before libraries retry for a minute in silence."""
+"""Where a model comes from: a local folder, or the hub, whose reachability is found out once and quickly."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from rlx.config import Config
+from rlx.errors import ConfigError
 
 _TIMEOUT_S = 5.0
 
 
 def settle_hub(config: Config) -> None:
     """When the run names something on the hub and the hub does not answer, set HF_HUB_OFFLINE for this process and
-    its children: caches are used, and what is missing fails at once."""
+    its children: caches are used, and what is missing fails at once, where libraries would retry for a minute."""
     if "HF_HUB_OFFLINE" in os.environ or not _names_hub(config):
         return
     import httpx
@@ -27,3 +29,17 @@ def _names_hub(config: Config) -> bool:
     names = [config.base_model, config.tokenizer_config]
     names += [d.path for d in (*config.datasets, *config.test_datasets) if not d.data_files]
     return any(name is not None and config.local(name) == name and not name.startswith("/") for name in names)
+
+
+def located(config: Config, key: str) -> str:
+    """The value of `base_model` or `tokenizer_config`, as a path when it is a local folder. Raises ConfigError."""
+    name = getattr(config, key)
+    found = config.local(name)
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if looks_local and not Path(found).exists():
+        raise ConfigError(
+            f"{config.path}: {key}: there is no folder {name!r} next to the YAML or in the current folder."
+        )
+    if key == "base_model" and Path(found).is_dir() and not (Path(found) / "config.json").is_file():
+        raise ConfigError(f"{config.path}: {key}: {found} holds no model: config.json is missing.")
+    return found

@@ -29,14 +29,20 @@ def free_port(host: str, first: int, tries: int = 100) -> int:
     """The first port from `first` on that nobody listens on at `host`."""
     last = min(first + tries, 65536)
     for port in range(first, last):
-        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((host, port))
-            except OSError:
-                continue
+        if is_free(host, port):
             return port
     raise ServiceError(f"no port of {host} is free from {first} to {last - 1}")
+
+
+def is_free(host: str, port: int) -> bool:
+    """Whether nobody listens on `port` at `host`."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True
 
 
 def descendants(*roots: int) -> dict[int, int]:

@@ -9,6 +9,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import datasets
 import torch
@@ -34,6 +35,10 @@ from rlx.rollout.client import ClientTimeouts, RolloutClient
 from rlx.wire import GroupResult
 
 
+PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "soft_wrap": True}
+"""How a line is printed: as it is, never broken by us."""
+
+
 def train(config: Config, num_processes: int) -> None:
     """Train to the end. Raises RlxError; every rank runs this."""
     plan = make_plan(config, num_processes)
@@ -45,7 +50,7 @@ def train(config: Config, num_processes: int) -> None:
     tokenizer = load_tokenizer(config)
     train_set, test_set = load_prompts(config, tokenizer)
     for note in plan.notes:
-        console.print(f"note: {note}", highlight=False, markup=False)
+        console.print(f"note: {note}", **PLAIN)
     total_steps = plan.total_steps(config, len(train_set.prompts))
     steps_per_epoch = plan.steps_per_epoch(len(train_set.prompts))
     dropped = (
@@ -54,7 +59,7 @@ def train(config: Config, num_processes: int) -> None:
     console.print(
         f"{len(train_set.prompts)} prompts{dropped}, {plan.prompts_per_step} × {plan.num_generations} completions a step, "
         f"{total_steps} steps, {num_processes} process{'es' if num_processes > 1 else ''}",
-        highlight=False, markup=False,
+        **PLAIN,
     )  # fmt: skip
 
     client = _connect(config, console) if is_first else None
@@ -120,7 +125,7 @@ class _Recorder:
         rewards = "  ".join(f"{name} {value:.3f}" for name, value in result.rewards.items())
         self._console.print(
             f"evaluation after step {result.step}: {rewards}  ({result.num_prompts} held-out prompts, weight version "
-            f"{result.weight_version}, {result.seconds:.1f} s)", highlight=False, markup=False,
+            f"{result.weight_version}, {result.seconds:.1f} s)", **PLAIN,
         )  # fmt: skip
 
 
@@ -131,9 +136,11 @@ def _connect(config: Config, console: Console) -> RolloutClient:
     def waiting(message: str) -> None:
         nonlocal told
         if message != told:
-            console.print(f"waiting for the rollout service: {message}", highlight=False, markup=False)
+            console.print(f"waiting for the rollout service: {message}", **PLAIN)
         if not told:
-            console.print(f"    (to start it, type in another terminal: rlx vllm-serve {config.path})", highlight=False)
+            console.print(
+                f"    (to start it, type in another terminal: rlx vllm-serve {os.path.relpath(config.path)})", **PLAIN
+            )
         told = message
 
     client.wait_until_ready(config.trl.vllm_server_timeout, waiting)
@@ -146,9 +153,7 @@ def _finish(config: Config, console: Console, files: RunFiles, trainer: GRPOTrai
     curve = files.learning_curve()
     if files.evaluations:
         console.print(evaluation_table(files.evaluations))
-    console.print(
-        f"model: {files.output_dir}\ncurve: {curve}\nsamples: {files.output_dir / 'samples.jsonl'}", highlight=False
-    )
+    console.print(f"model: {files.output_dir}\ncurve: {curve}\nsamples: {files.output_dir / 'samples.jsonl'}", **PLAIN)
 
 
 def _quiet_libraries(is_first: bool) -> None:

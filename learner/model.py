@@ -8,7 +8,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlx.config import Config
-from rlx.errors import ConfigError, ModelError
+from rlx.errors import ModelError
+from rlx.hub import located
 
 
 def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
@@ -63,20 +64,6 @@ def rollout_dtype(config: Config) -> torch.dtype:
     ).dtype
     # vLLM, too, loads float32 checkpoints as float16 or bfloat16 for `auto`; bfloat16 is what it takes on a CPU.
     return torch.bfloat16 if saved in (None, torch.float32) else saved
-
-
-def located(config: Config, key: str) -> str:
-    """The value of `base_model` or `tokenizer_config`, as a path when it is a local folder. Raises ConfigError."""
-    name = getattr(config, key)
-    found = config.local(name)
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if looks_local and not Path(found).exists():
-        raise ConfigError(
-            f"{config.path}: {key}: there is no folder {name!r} next to the YAML or in the current folder."
-        )
-    if Path(found).is_dir() and not (Path(found) / "config.json").is_file() and key == "base_model":
-        raise ConfigError(f"{config.path}: {key}: {found} holds no model: config.json is missing.")
-    return found
 
 
 def _unusable(config: Config, key: str, name: str, error: Exception) -> ModelError:

@@ -44,6 +44,7 @@ class ProgressReport(TrainerCallback):
                 f"step {state.global_step}/{state.max_steps}  {line}  left {_clock(left)}",
                 highlight=False,
                 markup=False,
+                soft_wrap=True,
             )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

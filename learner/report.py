@@ -156,5 +156,8 @@ def print_samples(console: Console, batch: StepBatch, count: int) -> None:
         asked = prompt if isinstance(prompt, str) else prompt[-1].get("content", "")
         rewards = "  ".join(f"{r.name} {r.values[0]:.3g}" for r in group.rewards)
         console.print(
-            f"    {asked!r:.200} → {group.completions[0].text!r:.400}   {rewards}", markup=False, highlight=False
+            f"    {asked!r:.200} → {group.completions[0].text!r:.400}   {rewards}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
         )

@@ -14,7 +14,7 @@ from rlx.config import Config
 from rlx.errors import ServiceError
 from rlx.learner.data import Prompt
 from rlx.learner.publish import Publisher
-from rlx.learner.stream import requests_of
+from rlx.learner.stream import requests_of, reward_names
 from rlx.rollout.client import RolloutClient
 from rlx.wire import GroupResult
 
@@ -91,7 +91,7 @@ class Rollouts:
             num_prompts=len(self._held_out),
             num_generations=n,
             reward=float(np.nansum(means_F * weights)),
-            rewards={r.name: float(mean) for r, mean in zip(groups[0].rewards, means_F, strict=True)},
+            rewards=dict(zip(reward_names(groups[0]), means_F.tolist(), strict=True)),
             mean_length=sum(lengths) / len(lengths),
             seconds=seconds,
         )

@@ -61,6 +61,13 @@ class PromptOrder:
         return [int(order[i % self._num_prompts]) for i in range(start, start + self._per_step)]
 
 
+def reward_names(group: GroupResult) -> list[str]:
+    """The reward functions by the last part of their dotted names, or by the whole where those are not distinct."""
+    whole = [outcome.name for outcome in group.rewards]
+    short = [name.rpartition(".")[2].rpartition(":")[2] for name in whole]
+    return short if len(set(short)) == len(short) else whole
+
+
 def sampling_of(config: Config) -> Sampling:
     """The sampling parameters of `trl:`."""
     trl = config.trl

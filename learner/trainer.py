@@ -25,7 +25,7 @@ from rlx.learner.batching import MicroBatch
 from rlx.learner.logprobs import completion_logprobs
 from rlx.learner.losses import LossMetrics, LossOptions, policy_loss
 from rlx.learner.ranks import Ranks
-from rlx.learner.stream import RolloutStream, StepBatch
+from rlx.learner.stream import RolloutStream, StepBatch, reward_names
 
 CHECKPOINT_MARKER = "rlx_state.json"
 
@@ -108,6 +108,7 @@ class GRPOTrainer(Trainer):
         self._loss_metrics = LossMetrics.zero()
         self._step_metrics: dict[str, list[float]] = {}
         self._step_ended = self._training_began = time.perf_counter()
+        self._evaluating_s = 0.0
         self.stream = make_stream(self)
 
     def get_train_dataloader(self) -> RolloutStream:  # type: ignore[override]
@@ -115,14 +116,15 @@ class GRPOTrainer(Trainer):
 
     def begin_step(self, batch: StepBatch) -> None:
         """Called on every rank when the groups of a step have arrived and its training begins."""
-        self._training_began = time.perf_counter()
+        self._training_began, self._evaluating_s = time.perf_counter(), batch.seconds.get("eval_s", 0.0)
         for name, value in step_metrics(self._config, batch).items():
             self._step_metrics.setdefault(name, []).append(value)
 
     def end_step(self) -> None:
         """Called on every rank after the optimizer step."""
         now = time.perf_counter()
-        times = {"perf/fwd_bwd_s": now - self._training_began, "perf/step_s": now - self._step_ended}
+        evaluated = self._evaluating_s
+        times = {"perf/fwd_bwd_s": now - self._training_began, "perf/step_s": now - self._step_ended - evaluated}
         for name, value in times.items():
             self._step_metrics.setdefault(name, []).append(value)
         self._step_ended = now
@@ -197,9 +199,9 @@ def step_metrics(config: Config, batch: StepBatch) -> dict[str, float]:
         "completions/max_length": float(max(lengths)),
         "completions/clipped_ratio": sum(c.finish_reason == "length" for c in completions) / len(completions),
     }
-    for index, outcome in enumerate(batch.groups[0].rewards):
+    for index, name in enumerate(reward_names(batch.groups[0])):
         column = torch.from_numpy(batch.rewards_BF[:, index].copy())
-        metrics[f"rewards/{outcome.name}/mean"] = column.nanmean().item()
+        metrics[f"rewards/{name}/mean"] = column.nanmean().item()
     for name in batch.groups[0].metrics:
         values = [group.metrics[name] for group in batch.groups if name in group.metrics]
         metrics[name] = sum(values) / len(values)

@@ -163,7 +163,7 @@ class VllmSection(Section):
 
     host: str = Field(
         "127.0.0.1",
-        description="Address that the service listens on. Anything but loopback needs the environment variable RLX_TOKEN.",
+        description="Address that the service listens on. On anything but loopback every request needs the bearer token.",
     )
     port: int = Field(8000, ge=1, le=65535, description="Port that the service listens on.")
     tensor_parallel_size: int = Field(1, ge=1, description="GPUs per engine.")
@@ -251,8 +251,8 @@ class ClusterSection(Section):
     dashboard_host: Literal["127.0.0.1", "localhost"] = Field(
         "127.0.0.1", description="Loopback only: Ray's job API runs commands for anybody who reaches it."
     )
-    dashboard_port: int = Field(
-        8265, ge=1, le=65535, description="First port to try; the next free one is taken and printed."
+    dashboard_port: int | None = Field(
+        None, ge=1, le=65535, description="Port of the dashboard. Default: 8265 or the next free one; it is printed."
     )
     object_store_mib: int = Field(
         512, ge=80, description="MiB of shared memory for Ray's object store when rlx starts Ray."

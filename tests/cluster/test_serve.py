@@ -161,12 +161,6 @@ def test_a_port_in_use_is_an_error_before_anything_starts(tmp_path):
     assert descendants(os.getpid()).keys() <= before.keys()
 
 
-def test_an_address_that_others_can_reach_needs_a_token_of_the_users(tmp_path, monkeypatch):
-    monkeypatch.delenv("RLX_TOKEN", raising=False)
-    with pytest.raises(ConfigError, match=r"vllm.host is 0.0.0.0.*RLX_TOKEN"):
-        asyncio.run(serve(write(tmp_path, host="0.0.0.0")))
-
-
 def test_a_model_folder_that_is_not_there_is_an_error_before_anything_starts(tmp_path):
     path = write(tmp_path).path
     path.write_text(path.read_text().replace("base_model: fake", "base_model: ./no/model"))
