@@ -117,7 +117,9 @@ class VllmEngine:
     async def close(self) -> None:
         if self._llm is not None:
             llm, self._llm = self._llm, None
-            self._broken = "the engine is closed"
+            self._broken = self._broken or "it was closed"
+            if self._live and not llm.errored:
+                await llm.abort(list(self._live), internal=True)
             if llm.output_handler is not None:
                 llm.output_handler.cancel()
             await asyncio.to_thread(llm.shutdown, _SHUTDOWN_S)

@@ -55,6 +55,7 @@ async def test_each_token_of_a_sequence_over_a_swap_carries_the_version_that_sam
 async def _check_two_syncs(engine, folder: str, tmp_path: Path) -> None:
     """Twice, because a second reload starts from what the first one left."""
     model = AutoModelForCausalLM.from_pretrained(folder)
+    await _sync(engine, model, engine.weight_version() + 1, tmp_path)  # other tests left theirs
     for _ in range(2):
         train_a_little(model)
         assert await _difference(engine, model) > TOLERANCE, "without a sync the comparison must fail"
