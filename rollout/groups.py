@@ -21,7 +21,8 @@ class KeyConflict(ServiceError):
 class _Entry:
     digest: str
     task: asyncio.Task[GroupResult]
-    nbytes: int = 0
+    nbytes: int | None = None
+    """Size of the result; None while it runs."""
 
 
 class GroupStore:
@@ -34,6 +35,7 @@ class GroupStore:
     def __init__(self, max_groups: int, max_bytes: int):
         self._max_groups, self._max_bytes = max_groups, max_bytes
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
+        self._num_finished, self._nbytes = 0, 0
 
     async def get(self, request: GroupRequest, run: Callable[[GroupRequest], Awaitable[GroupResult]]) -> GroupResult:
         digest = request_digest(request)
@@ -72,14 +74,19 @@ class GroupStore:
         if task.cancelled() or task.exception() is not None:
             del self._entries[key]
             return
-        self._entries[key].nbytes = _nbytes(task.result())
-        finished = [(k, entry.nbytes) for k, entry in self._entries.items() if entry.task.done()]
-        groups, nbytes = len(finished), sum(size for _, size in finished)
-        for oldest, size in finished:
-            if groups <= self._max_groups and nbytes <= self._max_bytes:
+        nbytes = self._entries[key].nbytes = _nbytes(task.result())
+        self._num_finished += 1
+        self._nbytes += nbytes
+        if self._num_finished > self._max_groups or self._nbytes > self._max_bytes:
+            self._evict()
+
+    def _evict(self) -> None:
+        finished = [key for key, entry in self._entries.items() if entry.nbytes is not None]
+        for oldest in finished:
+            if self._num_finished <= self._max_groups and self._nbytes <= self._max_bytes:
                 break
-            del self._entries[oldest]
-            groups, nbytes = groups - 1, nbytes - size
+            self._num_finished -= 1
+            self._nbytes -= self._entries.pop(oldest).nbytes or 0
 
 
 def _nbytes(result: GroupResult) -> int:

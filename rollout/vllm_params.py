@@ -42,8 +42,12 @@ def engine_args(options: VllmOptions) -> Any:
     from vllm import AsyncEngineArgs
     from vllm.config import WeightTransferConfig
     from vllm.platforms import current_platform
+    from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
     o, on_cpu = options, current_platform.is_cpu()
+    # vLLM asks for a worker process of its own on a CPU, to set its OpenMP threads there. They are set in the
+    # environment before the engine core starts (`prepare_environment`), so one process less does the same work.
+    in_one_process = on_cpu and o.tensor_parallel_size == 1
     fields = {
         "model": o.model,
         "dtype": o.dtype,
@@ -61,6 +65,7 @@ def engine_args(options: VllmOptions) -> Any:
         "worker_extension_cls": o.worker_extension_cls,
         "weight_transfer_config": WeightTransferConfig(backend="rlx_file" if o.transport == "cpu" else "nccl"),
         "logprobs_mode": "processed_logprobs",
+        "distributed_executor_backend": UniProcExecutor if in_one_process else None,
         "disable_log_stats": True,
     }
     return AsyncEngineArgs(**{**{k: v for k, v in fields.items() if v is not None}, **o.extra})
