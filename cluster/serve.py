@@ -68,10 +68,9 @@ async def serve(config: Config, *, engine: EngineFactory = vllm_engine, on_progr
                     f"note: {config.vllm.host} can be reached from other machines; every request needs the token of "
                     "RLX_TOKEN or ~/.rlx/token"
                 )
-            dashboard = f", dashboard {runtime.dashboard_url}" if runtime.dashboard_url else ""
-            on_progress(
-                f"ready: {url}, {_count(len(workers), 'worker')}, version {service.fleet.weight_version}{dashboard}"
-            )
+            if runtime.dashboard_url:
+                on_progress(f"dashboard: {runtime.dashboard_url} (asks for the token that `ray get-auth-token` prints)")
+            on_progress(f"ready: {url}, {_count(len(workers), 'worker')}, version {service.fleet.weight_version}")
             await stop.or_done(_report_deaths(service, on_progress))
             on_progress("stopping: waiting for the running groups")
             return 0
