@@ -150,11 +150,13 @@ class GroupRequest:
 
 @dataclass(frozen=True)
 class RewardOutcome:
-    """What one reward function said of one group: `values` float32 [G], NaN where it gave None."""
+    """What one reward function said of one group: `values` float32 [G], NaN where it gave None. `extra` are the columns
+    that it logged with `log_extra`, JSON values [G] each."""
 
     name: str
     values: np.ndarray
     seconds: float
+    extra: Mapping[str, list[Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -182,7 +184,7 @@ class GroupResult:
                 {"n": int(c.ids.size), "versions": c.versions, "finish_reason": c.finish_reason, "text": c.text}
                 for c in self.completions
             ],
-            "rewards": [{"name": r.name, "seconds": r.seconds} for r in self.rewards],
+            "rewards": [{"name": r.name, "seconds": r.seconds, "extra": dict(r.extra)} for r in self.rewards],
         }
         return encode_frame(
             head,
@@ -222,7 +224,8 @@ class GroupResult:
             key=head["key"],
             completions=tuple(completions),
             rewards=tuple(
-                RewardOutcome(r["name"], v, r["seconds"]) for r, v in zip(head["rewards"], values, strict=True)
+                RewardOutcome(r["name"], v, r["seconds"], r["extra"])
+                for r, v in zip(head["rewards"], values, strict=True)
             ),
             worker=head["worker"],
             generation_s=head["generation_s"],
@@ -246,6 +249,7 @@ class GroupResult:
                     "versions": c.versions,
                     "finish_reason": c.finish_reason,
                     "rewards": {r.name: None if np.isnan(r.values[i]) else float(r.values[i]) for r in self.rewards},
+                    "extra": {column: values[i] for r in self.rewards for column, values in r.extra.items()},
                 }
                 for i, c in enumerate(self.completions)
             ],

@@ -126,6 +126,7 @@ def _sample(step: int, prompt: Prompt, group: GroupResult, index: int) -> dict[s
         "versions": c.versions,
         "finish_reason": c.finish_reason,
         "rewards": {r.name: _finite(r.values[index]) for r in group.rewards},
+        "extra": {column: values[index] for r in group.rewards for column, values in r.extra.items()},
         "worker": group.worker,
     }
 

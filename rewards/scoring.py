@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import difflib
 import inspect
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -89,7 +90,9 @@ class RewardLog:
     def log_extra(self, column: str, values: Sequence[Any]) -> None:
         if len(values) != self.num_completions:
             raise ValueError(f"log_extra({column!r}): {len(values)} values for {self.num_completions} completions")
-        self.extra[column] = list(values)
+        self.extra[column] = json.loads(
+            json.dumps(list(values))
+        )  # it travels as JSON; a TypeError is the function's own
 
     def log_metric(self, name: str, value: float) -> None:
         self.metric_values.setdefault(name, []).append(float(value))
@@ -115,17 +118,12 @@ class RewardWorker:
         started = time.perf_counter()
         self.log = RewardLog(len(payload.completions))
         values = score_group(self.reward, payload, log=self.log, runner=self.runner)
-        return RewardOutcome(self.reward.name, values, time.perf_counter() - started)
+        return RewardOutcome(self.reward.name, values, time.perf_counter() - started, self.log.extra)
 
     @property
     def metrics(self) -> dict[str, float]:
         """What the last scored group logged with `log_metric`."""
         return self.log.metrics
-
-    @property
-    def extra(self) -> dict[str, list[Any]]:
-        """What the last scored group logged with `log_extra`."""
-        return self.log.extra
 
     def close(self) -> None:
         self.runner.close()

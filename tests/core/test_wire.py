@@ -62,7 +62,14 @@ def results(draw) -> GroupResult:
         key=draw(st.text()),
         completions=tuple(sampled),
         rewards=tuple(
-            RewardOutcome(name, draw(arrays.arrays(np.float32, len(sampled), elements=FLOATS)), seconds)
+            RewardOutcome(
+                name,
+                draw(arrays.arrays(np.float32, len(sampled), elements=FLOATS)),
+                seconds,
+                draw(
+                    st.dictionaries(st.text(), st.lists(JSON, min_size=len(sampled), max_size=len(sampled)), max_size=2)
+                ),
+            )
             for name, seconds in rewards
         ),
         worker=draw(st.text()),
@@ -100,6 +107,7 @@ def same_result(a: GroupResult, b: GroupResult) -> None:
         assert (x.versions, x.finish_reason, x.text) == (y.versions, y.finish_reason, y.text)
     for p, q in zip(a.rewards, b.rewards, strict=True):
         np.testing.assert_array_equal(p.values, q.values)
+        assert p.extra == q.extra
         assert (p.name, p.seconds) == (q.name, q.seconds)
     assert (a.key, a.worker, a.generation_s, a.reward_s, a.metrics) == (
         b.key, b.worker, b.generation_s, b.reward_s, b.metrics,
