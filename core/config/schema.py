@@ -115,6 +115,11 @@ class Config(Section):
     def only_grpo(cls, value: str) -> str:
         return value
 
+    @field_validator("save_strategy", mode="before")
+    @classmethod
+    def no_without_quotes_is_meant(cls, value: Any) -> Any:
+        return "no" if value is False else value  # YAML 1.1 reads `no` as false
+
     @field_validator("chat_template")
     @classmethod
     def templates_come_from_the_tokenizer(cls, value: str | None) -> str | None:
