@@ -100,12 +100,6 @@ def _check_transform_names(config: Config, found: _Findings) -> None:
 def _check_rewards(config: Config, row: dict[str, Any] | None, found: _Findings) -> None:
     from rlx.rewards.scoring import ScoreRequest, load_reward, score_group
 
-    if not config.trl.reward_funcs:
-        found.errors.append(
-            UserCodeError(
-                f"{config.path}: trl.reward_funcs is empty: there is nothing to learn from. Name at least one function."
-            )
-        )
     for index, name in enumerate(config.trl.reward_funcs):
         try:
             reward = load_reward(name, config.base_dir, f"trl.reward_funcs[{index}]")

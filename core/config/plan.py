@@ -40,7 +40,13 @@ class Plan:
 
 
 def make_plan(config: Config, num_processes: int = 1) -> Plan:
-    """Solve the batch sizes for `num_processes` learner processes. Raises ConfigError when they cannot be."""
+    """Solve the batch sizes for `num_processes` learner processes. Raises ConfigError when they cannot be, or when
+    there is no reward to train with."""
+    if not config.trl.reward_funcs:
+        raise ConfigError(
+            f"{config.path}: trl.reward_funcs is empty: there is nothing to learn from. Name at least one function, for "
+            "example `reward_funcs: [rlx.rewards.math]`."
+        )
     group, asked = config.trl.num_generations, config.gradient_accumulation_steps
     per_pass = config.micro_batch_size * num_processes
     notes = []

@@ -222,7 +222,7 @@ class ServiceSection(Section):
     """`service:` deadlines of the rollout service. rlx's own."""
 
     group_timeout: float = Field(
-        300.0, gt=0, description="Seconds that one group may take, from its arrival to its rewards."
+        600.0, gt=0, description="Seconds that one group may take, from its arrival to its rewards."
     )
     publish_timeout: float = Field(120.0, gt=0, description="Seconds that every worker has to take new weights.")
     probe_interval: float = Field(

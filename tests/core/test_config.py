@@ -143,7 +143,7 @@ def test_a_step_always_holds_whole_groups_and_never_less_than_asked(generations,
             "datasets": [{"path": "d"}],
             "micro_batch_size": micro,
             "gradient_accumulation_steps": accumulation,
-            "trl": {"num_generations": generations},
+            "trl": {"num_generations": generations, "reward_funcs": ["a.b"]},
         }
     )
     plan = make_plan(config, processes)
@@ -153,7 +153,7 @@ def test_a_step_always_holds_whole_groups_and_never_less_than_asked(generations,
 
 
 def test_a_generation_batch_size_that_splits_a_group_names_the_nearest_that_do_not(tmp_path):
-    config = load_config(write(tmp_path, SMALLEST + "trl:\n  generation_batch_size: 10\n"))
+    config = load_config(write(tmp_path, SMALLEST + "trl:\n  reward_funcs: [a.b]\n  generation_batch_size: 10\n"))
     with pytest.raises(ConfigError, match="Write 8 or 16"):
         make_plan(config, 1)
 

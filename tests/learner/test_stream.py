@@ -48,7 +48,7 @@ def config(**trl: object) -> Config:
             "rl": "grpo",
             "datasets": [{"path": "d"}],
             "micro_batch_size": 2,
-            "trl": {"num_generations": 4, "max_completion_length": 8, **trl},
+            "trl": {"num_generations": 4, "max_completion_length": 8, "reward_funcs": ["r"], **trl},
         }
     )
 

@@ -1,0 +1,83 @@
+"""`rlx check` finds what can be found without a model, tells what it could not check, and prints the plan."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny_models import make_tiny_model
+
+from rlx.cluster.check import check_main
+from rlx.config import load_config
+from rlx.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+REWARDS = (
+    "def good(completions, answer, **kwargs):\n    return [float(c == a) for c, a in zip(completions, answer)]\n"
+    "def short(completions):\n    return [1.0]\n"
+    "def broken(completions):\n    return [1 / 0]\n"
+    "def to_prompt(cfg):\n    return lambda row: {'prompt': row['question']}, {'remove_columns': ['question']}\n"
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+def config(folder: Path, model: Path, reward: str = "mine.good", transform: str = "mine.to_prompt"):
+    (folder / "mine.py").write_text(REWARDS)
+    (folder / "rows.jsonl").write_text(json.dumps({"question": "1+1=", "answer": "2"}) + "\n")
+    (folder / "run.yaml").write_text(
+        f"base_model: {model}\nrl: grpo\ntrl:\n  reward_funcs: [{reward}]\n  num_generations: 4\n"
+        f"datasets:\n  - path: rows.jsonl\n    type: {transform}\n"
+    )
+    return load_config(folder / "run.yaml")
+
+
+def test_a_good_configuration_passes_and_prints_the_plan_in_numbers(tmp_path, model, capsys):
+    assert check_main(config(tmp_path, model), 2) == 0
+    text = capsys.readouterr().out
+    assert "reward mine.good: gives 0, 0 for the completions '' and '42' of the first row" in text
+    assert "first prompt: 4 tokens of at most 512" in text
+    assert "gradient_accumulation_steps is 2 instead of 1" in text
+    assert "4 = 1 × 4 generations" in text
+    assert "GiB per learner process" in text
+
+
+@pytest.mark.parametrize(
+    ("reward", "transform", "message"),
+    [
+        ("mine.short", "mine.to_prompt", "trl.reward_funcs[0] (mine.short) returned 1 value"),
+        ("mine.broken", "mine.to_prompt", "ZeroDivisionError"),
+        ("mine.goud", "mine.to_prompt", "good"),
+        ("nowhere.good", "mine.to_prompt", "trl.reward_funcs[0] (nowhere.good)"),
+        ("mine.good", "mine.to_promt", "datasets[0].type (mine.to_promt)"),
+    ],
+)
+def test_user_code_that_does_not_work_is_found_before_anything_starts(
+    tmp_path, model, capsys, reward, transform, message
+):
+    assert check_main(config(tmp_path, model, reward, transform), 1) != 0
+    assert message in capsys.readouterr().out
+
+
+def test_no_reward_is_an_error(tmp_path, model):
+    empty = config(tmp_path, model, reward="")
+    with pytest.raises(ConfigError, match=r"trl\.reward_funcs is empty"):
+        check_main(empty, 1)
+
+
+def test_the_gsm8k_example_is_checked_as_far_as_the_network_allows(monkeypatch, capsys):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert check_main(load_config(ROOT / "examples" / "gsm8k" / "gsm8k.yaml"), 2) == 0
+    text = capsys.readouterr().out
+    assert "reward rewards.correct_reward_func: imported" in text or "reward rewards.correct_reward_func: gives" in text
+    assert "64 = 16 × 4 generations" in text
+
+
+def test_the_quickstart_is_checked_but_for_what_make_model_makes(capsys):
+    quickstart = load_config(ROOT / "examples" / "quickstart" / "quickstart.yaml")
+    assert quickstart.trl.reward_funcs == ["rewards.exact_match"]
+    assert quickstart.datasets[0].type == "rewards.to_prompt"
