@@ -15,7 +15,7 @@ install: .venv/installed
 
 .venv/installed: requirements/cpu.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v == (3, 11) else f"rlx needs Python 3.11; {sys.executable} is {v[0]}.{v[1]}. Type: make PYTHON=/path/to/python3.11")'
-	@echo "installing pinned dependencies into .venv (about 1 GB, a few minutes)"
+	@echo "installing pinned dependencies into .venv (about 4 GB, a few minutes)"
 	@$(PYTHON) -m venv .venv
 	@$(PIP) install -q --no-deps torch==$(TORCH)+cpu || $(PIP) install -q --no-deps --index-url https://download.pytorch.org/whl/cpu torch==$(TORCH)
 	@$(PIP) install -q --no-deps -r requirements/cpu.txt
