@@ -43,8 +43,7 @@ def group_advantages(
     function's "not applicable": it counts nothing in the sum, and a completion with only NaN is left out of mean and
     standard deviation, so that it changes nothing for the others.
     """
-    unscorable_B = rewards.isnan().all(dim=1)
-    rewards_B = (rewards * reward_weights).nansum(dim=1).masked_fill(unscorable_B, torch.nan)
+    rewards_B = weighted_rewards(rewards, reward_weights)
     rewards_PG = rewards_B.view(-1, num_generations)
     std_PG = _nanstd(rewards_PG if scale_rewards != "batch" else rewards_PG.reshape(1, -1)).expand_as(rewards_PG)
 
@@ -57,8 +56,13 @@ def group_advantages(
         reward_mean=rewards_B.nanmean().item(),
         reward_std=_nanstd(rewards_B.view(1, -1)).item(),
         reward_std_zero_fraction=torch.isclose(std_PG, torch.zeros_like(std_PG)).float().mean().item(),
-        unscorable_fraction=unscorable_B.float().mean().item(),
+        unscorable_fraction=rewards_B.isnan().float().mean().item(),
     )
+
+
+def weighted_rewards(rewards: Tensor, reward_weights: Tensor) -> Tensor:
+    """Sum [B] of `rewards` [B, F] by `reward_weights` [F] over the functions that applied; NaN where none did."""
+    return (rewards * reward_weights).nansum(dim=1).masked_fill(rewards.isnan().all(dim=1), torch.nan)
 
 
 def _nanstd(values: Tensor) -> Tensor:

@@ -23,6 +23,8 @@ class ResumePoint:
     folder: Path
     step: int
     weight_version: int
+    saved_at: float
+    """Seconds since 1970. The newest is not always that of the most steps: a folder may hold those of two runs."""
 
 
 def find_resume_point(config: Config) -> ResumePoint | None:
@@ -38,7 +40,7 @@ def find_resume_point(config: Config) -> ResumePoint | None:
             )
         return point
     if config.auto_resume_from_checkpoints:
-        return max(_complete(Path(config.output_dir)), key=lambda p: p.step, default=None)
+        return max(_complete(Path(config.output_dir)), key=lambda p: p.saved_at, default=None)
     return None
 
 
@@ -49,10 +51,10 @@ def _complete(output_dir: Path) -> list[ResumePoint]:
 
 def _read(folder: Path) -> ResumePoint | None:
     marker = folder / CHECKPOINT_MARKER
-    if not re.fullmatch(r".*checkpoint-\d+", str(folder)) or not marker.is_file():
+    if not re.fullmatch(r"checkpoint-\d+", folder.name) or not marker.is_file():
         return None
     state = json.loads(marker.read_text())
-    return ResumePoint(folder, state["step"], state["weight_version"])
+    return ResumePoint(folder, state["step"], state["weight_version"], state["saved_at"])
 
 
 def save_final(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import tempfile
 
 from rlx.config import Config, make_plan
 
@@ -14,24 +15,26 @@ def train_main(config: Config, overrides: list[str], num_processes: int) -> int:
     make_plan(config, num_processes)  # a ConfigError belongs here, once, before anything is started
     threads = max(1, (os.cpu_count() or 1) // num_processes)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    launch = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=num_processes,
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        run_id="rlx",
-        max_restarts=0,
-        monitor_interval=0.2,
-    )
     arguments = ["-u", "-m", "rlx.learner.main", str(num_processes), str(config.path), *overrides]
     try:
-        elastic_launch(launch, sys.executable)(*arguments)
+        with tempfile.TemporaryDirectory(prefix="rlx-learner-") as logs:
+            launch = LaunchConfig(
+                min_nodes=1,
+                max_nodes=1,
+                nproc_per_node=num_processes,
+                rdzv_backend="c10d",
+                rdzv_endpoint="127.0.0.1:0",
+                run_id="rlx",
+                max_restarts=0,
+                monitor_interval=0.2,
+                logs_specs=DefaultLogsSpecs(logs),
+            )
+            elastic_launch(launch, sys.executable)(*arguments)
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         if failure.exitcode < 0:

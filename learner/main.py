@@ -5,15 +5,17 @@ data → service is up → model → Trainer on the stream → final publish, ev
 
 from __future__ import annotations
 
+import math
 import os
 import sys
+import time
+import traceback
 import warnings
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
-import torch.distributed as dist
 import transformers
 from rich.console import Console
 
@@ -21,7 +23,7 @@ from rlx.config import Config, load_config, make_plan, parse_overrides
 from rlx.errors import RlxError
 from rlx.learner.checkpoints import find_resume_point, save_final
 from rlx.learner.data import Prompt, load_prompts
-from rlx.learner.model import load_model, load_tokenizer, rollout_dtype
+from rlx.learner.model import load_model, load_tokenizer, rollout_dtype, saved_dtype
 from rlx.learner.progress import ProgressReport
 from rlx.learner.publish import Publisher
 from rlx.learner.ranks import Ranks
@@ -31,12 +33,15 @@ from rlx.learner.stream import RolloutStream, StepBatch
 from rlx.learner.trainer import GRPOTrainer, StepClock, training_arguments
 from rlx.processes import die_with_parent
 from rlx.rollout.auth import service_token
-from rlx.rollout.client import ClientTimeouts, RolloutClient
+from rlx.rollout.client import MAX_IN_FLIGHT, ClientTimeouts, RolloutClient
 from rlx.wire import GroupResult
-
 
 PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "soft_wrap": True}
 """How a line is printed: as it is, never broken by us."""
+
+_AFTER_RANK_ZERO_S = 30.0
+"""How long another rank that failed keeps still. Mostly rank 0 failed with the same, or first: it says so and leaves,
+whereupon the launcher stops this process."""
 
 
 def train(config: Config, num_processes: int) -> None:
@@ -65,7 +70,9 @@ def train(config: Config, num_processes: int) -> None:
     client = _connect(config, console) if is_first else None
     model = load_model(config)
     reference = load_model(config) if config.trl.beta > 0 else None
-    arguments = training_arguments(config, plan, total_steps, steps_per_epoch)
+    held_out = test_set.prompts if test_set else []
+    longest_wait = _longest_wait(config, max(plan.prompts_per_step, len(held_out)))
+    arguments = training_arguments(config, plan, total_steps, steps_per_epoch, longest_wait)
     _ = arguments.device  # the library sets up the process group here
     ranks = Ranks(arguments.ddp_timeout)
 
@@ -75,7 +82,6 @@ def train(config: Config, num_processes: int) -> None:
         progress = ProgressReport(console, files)
         publisher = Publisher(client, rollout_dtype(config), resume.weight_version if resume else 0)
         recorder = _Recorder(console, files)
-        held_out = test_set.prompts if test_set else []
         rollouts = Rollouts(config, client, publisher, model, held_out, recorder.evaluation)
 
     def no_fetch(step: int, prompts: list[Prompt]) -> tuple[list[GroupResult], dict[str, float]]:
@@ -104,11 +110,13 @@ def train(config: Config, num_processes: int) -> None:
     clock.trainer = trainer
     try:
         trainer.train(resume_from_checkpoint=str(resume.folder) if resume else None)
-        if rollouts is not None and files is not None:
-            rollouts.publish()
-            rollouts.evaluate(total_steps)
-            _finish(config, console, files, trainer)
-        ranks.barrier()
+
+        def finish() -> list[bytes]:
+            if rollouts is not None and files is not None:
+                _finish(config, console, files, trainer, rollouts, total_steps)
+            return []
+
+        ranks.from_first(finish)
     finally:
         if progress is not None:
             progress.stop()
@@ -147,12 +155,26 @@ def _connect(config: Config, console: Console) -> RolloutClient:
     return client
 
 
-def _finish(config: Config, console: Console, files: RunFiles, trainer: GRPOTrainer) -> None:
+def _longest_wait(config: Config, num_groups: int) -> float:
+    """Seconds that the other ranks may have to wait for rank 0: for the service to start, or for publishing,
+    evaluating and rolling out."""
+    waves = 2 * math.ceil(num_groups / MAX_IN_FLIGHT)
+    return (
+        config.trl.vllm_server_timeout + 4 * config.service.publish_timeout + waves * config.service.group_timeout + 60
+    )
+
+
+def _finish(
+    config: Config, console: Console, files: RunFiles, trainer: GRPOTrainer, rollouts: Rollouts, total_steps: int
+) -> None:
+    """Saves first: the service can fail, and what was trained is kept. What is evaluated is what was saved."""
     model = trainer.accelerator.unwrap_model(trainer.model)
-    save_final(model, trainer.processing_class, rollout_dtype(config), files.output_dir)
+    save_final(model, trainer.processing_class, saved_dtype(config), files.output_dir)
+    rollouts.publish()
+    rollouts.evaluate(total_steps)
     curve = files.learning_curve()
-    if files.evaluations:
-        console.print(evaluation_table(files.evaluations))
+    if evaluations := files.evaluations():
+        console.print(evaluation_table(evaluations))
     console.print(f"model: {files.output_dir}\ncurve: {curve}\nsamples: {files.output_dir / 'samples.jsonl'}", **PLAIN)
 
 
@@ -170,16 +192,22 @@ def main() -> int:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     try:
         train(load_config(path, parse_overrides(overrides)), num_processes)
-    except RlxError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
+        return 0
     except KeyboardInterrupt:
         return 130
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    return 0
+    except Exception as error:  # the end of the process: whatever came is said, once
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(_AFTER_RANK_ZERO_S)
+        if not isinstance(error, RlxError):
+            traceback.print_exc()
+            return 1
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # At the interpreter's end, gloo's groups wait for threads that wait for the interpreter's lock: leave without it.
+    os._exit(status)

@@ -52,18 +52,24 @@ def load_model(config: Config) -> PreTrainedModel:
     return model
 
 
+def saved_dtype(config: Config) -> torch.dtype:
+    """The type of the base model on disk, which the trained model is saved in, too."""
+    name = located(config, "base_model")
+    settings = AutoConfig.from_pretrained(
+        name, revision=config.revision_of_model, trust_remote_code=config.trust_remote_code
+    )
+    return settings.dtype or torch.float32
+
+
 def rollout_dtype(config: Config) -> torch.dtype:
     """What the engines hold their weights in: `vllm.dtype`, or for auto the type of the base model on disk."""
     named = {"bfloat16": torch.bfloat16, "float16": torch.float16, "half": torch.float16,
              "float32": torch.float32, "float": torch.float32}  # fmt: skip
     if config.vllm.dtype in named:
         return named[config.vllm.dtype]
-    name = located(config, "base_model")
-    saved = AutoConfig.from_pretrained(
-        name, revision=config.revision_of_model, trust_remote_code=config.trust_remote_code
-    ).dtype
+    saved = saved_dtype(config)
     # vLLM, too, loads float32 checkpoints as float16 or bfloat16 for `auto`; bfloat16 is what it takes on a CPU.
-    return torch.bfloat16 if saved in (None, torch.float32) else saved
+    return torch.bfloat16 if saved == torch.float32 else saved
 
 
 def _unusable(config: Config, key: str, name: str, error: Exception) -> ModelError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -59,7 +60,11 @@ class ProgressReport(TrainerCallback):
 
 def summary(logs: dict[str, float]) -> str:
     """reward, KL, length, and the split of the step's time, in one line."""
-    parts = [f"reward {logs['reward']:.3f}", f"len {logs['completions/mean_length']:.1f}"]
+    reward, unscored = logs["reward"], logs["frac_reward_none"]
+    parts = ["reward none, nothing to learn from" if math.isnan(reward) else f"reward {reward:.3f}"]
+    if 0 < unscored < 1:
+        parts.append(f"({unscored:.0%} without)")
+    parts.append(f"len {logs['completions/mean_length']:.1f}")
     if "kl" in logs:
         parts.append(f"kl {logs['kl']:.4f}")
     parts.append(

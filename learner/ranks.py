@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 
-class StoppedByRankZero(SystemExit):
-    """Rank 0 failed and has said why; this rank just leaves."""
+class StoppedByRankZero(Exception):
+    """Rank 0 failed and says why; this rank has nothing to add."""
 
 
 class Ranks:
@@ -23,25 +25,40 @@ class Ranks:
             self.rank, self.size = dist.get_rank(), dist.get_world_size()
             self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_s))
 
+    def from_first(self, make: Callable[[], list[bytes]]) -> list[bytes]:
+        """The frames that `make` gives on rank 0, on every rank. When it raises there, the others leave."""
+        if self.rank != 0:
+            return self.broadcast([])
+        try:
+            frames = make()
+        except Exception:
+            self.broadcast(None)
+            raise
+        return self.broadcast(frames)
+
     def broadcast(self, frames: list[bytes] | None) -> list[bytes]:
-        """Rank 0's frames on every rank. None on rank 0 makes the others leave."""
+        """Rank 0's frames on every rank. None on rank 0 raises StoppedByRankZero on the others."""
         if self.size == 1:
             return frames or []
         count = torch.tensor([-1 if frames is None else len(frames)])
-        dist.broadcast(count, src=0, group=self._group)
+        self._send(count)
         if count.item() < 0:
             if self.rank == 0:
                 return []
-            raise StoppedByRankZero(1)
+            raise StoppedByRankZero("rank 0 stopped the run")
         sizes = torch.tensor([len(f) for f in frames or []] if self.rank == 0 else [0] * int(count))
-        dist.broadcast(sizes, src=0, group=self._group)
+        self._send(sizes)
         ends = np.cumsum(sizes.numpy()).tolist()
-        data = torch.empty(ends[-1] if ends else 0, dtype=torch.uint8)
+        data = torch.zeros(ends[-1] if ends else 0, dtype=torch.uint8)
         if self.rank == 0:
-            data = torch.frombuffer(bytearray(b"".join(frames or [])), dtype=torch.uint8)
-        dist.broadcast(data, src=0, group=self._group)
+            data.numpy()[:] = np.frombuffer(b"".join(frames or []), dtype=np.uint8)
+        self._send(data)
         whole = data.numpy().data
-        return [bytes(whole[start:end]) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+        return [bytes(whole[start:end]) for start, end in pairwise([0, *ends])]
+
+    def _send(self, values: torch.Tensor) -> None:
+        if values.numel():  # gloo refuses to send nothing
+            dist.broadcast(values, src=0, group=self._group)
 
     def sum_(self, values: torch.Tensor) -> torch.Tensor:
         """Add `values` (CPU, any shape) over all ranks, in place."""
@@ -54,7 +71,3 @@ class Ranks:
         if self.size > 1:
             dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self._group)
         return values
-
-    def barrier(self) -> None:
-        """Wait for everyone."""
-        self.sum_(torch.zeros(1))

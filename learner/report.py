@@ -28,9 +28,9 @@ class RunFiles:
     def __init__(self, output_dir: Path, first_step: int):
         output_dir.mkdir(parents=True, exist_ok=True)
         self.output_dir = output_dir
-        self.evaluations: list[Evaluation] = []
-        for name in ("metrics", "samples", "evals"):
-            _keep_before(self._path(name), first_step)
+        for name in ("metrics", "samples"):
+            _keep_to(self._path(name), first_step)
+        _keep_to(self._path("evals"), first_step - 1)  # that of `first_step` is taken after its checkpoint, again
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         self._append("metrics", {"step": step, "time": time.time(), **values})
@@ -46,17 +46,20 @@ class RunFiles:
             self._append("samples", {**record, "advantage": advantages[place]})
 
     def evaluation(self, result: Evaluation, prompts: list[Prompt], groups: list[GroupResult]) -> None:
-        self.evaluations.append(result)
         texts = [
             {
                 "prompt": prompt.prompt,
                 "completion": c.text,
-                "rewards": {r.name: _finite(r.values[i]) for r in group.rewards},
+                "rewards": {r.name: float(r.values[i]) for r in group.rewards},
             }
             for prompt, group in list(zip(prompts, groups, strict=True))[:16]
             for i, c in enumerate(group.completions[:1])
         ]
         self._append("evals", {**asdict(result), "samples": texts})
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The records of evals.jsonl: this run's, and those of the run that it resumed."""
+        return _read(self._path("evals"))
 
     def learning_curve(self) -> Path:
         """Mean reward per step and held-out reward, as a PNG."""
@@ -65,12 +68,11 @@ class RunFiles:
         matplotlib.use("Agg")
         from matplotlib import pyplot
 
-        rows = [json.loads(line) for line in self._path("metrics").read_text().splitlines()]
-        evals = [json.loads(line) for line in self._path("evals").read_text().splitlines()]
+        rows, evals = _read(self._path("metrics")), self.evaluations()
         figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
         axes.plot(
-            [r["step"] for r in rows if "reward" in r],
-            [r["reward"] for r in rows if "reward" in r],
+            [r["step"] for r in rows],
+            [_number(r["reward"]) for r in rows],
             label="training prompts",
             color="#4878a8",
             alpha=0.8,
@@ -78,7 +80,7 @@ class RunFiles:
         if evals:
             axes.plot(
                 [e["step"] for e in evals],
-                [e["reward"] for e in evals],
+                [_number(e["reward"]) for e in evals],
                 "o-",
                 label="held-out prompts",
                 color="#c8553d",
@@ -96,19 +98,36 @@ class RunFiles:
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
         with self._path(name).open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+            stream.write(json.dumps(_without_nan(record), ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def _keep_before(path: Path, first_step: int) -> None:
-    """Drop the records of `first_step` and later, and a last line that a crash cut off; `first_step` 0 empties the file."""
+def _read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _without_nan(value: Any) -> Any:
+    """`value` as strict JSON has it: None for what is not a finite number."""
+    if isinstance(value, dict):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _keep_to(path: Path, last_step: int) -> None:
+    """Drop the records after `last_step`, and a last line that a crash cut off."""
     kept = []
-    if path.exists() and first_step > 0:
+    if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
                 record = json.loads(line)
             except json.JSONDecodeError:
                 break
-            if record["step"] <= first_step:
+            if record["step"] <= last_step:
                 kept.append(line)
     path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
@@ -125,27 +144,24 @@ def _sample(step: int, prompt: Prompt, group: GroupResult, index: int) -> dict[s
         "logprobs": [round(float(x), 5) for x in c.logprobs],
         "versions": c.versions,
         "finish_reason": c.finish_reason,
-        "rewards": {r.name: _finite(r.values[index]) for r in group.rewards},
+        "rewards": {r.name: float(r.values[index]) for r in group.rewards},
         "extra": {column: values[index] for r in group.rewards for column, values in r.extra.items()},
         "worker": group.worker,
     }
 
 
-def _finite(value: float) -> float | None:
-    return None if math.isnan(value) else float(value)
-
-
-def evaluation_table(evaluations: list[Evaluation]) -> Table:
-    """First against last evaluation, a row for each reward function."""
+def evaluation_table(evaluations: list[dict[str, Any]]) -> Table:
+    """First against last evaluation, of the records of evals.jsonl: a row for each reward function."""
     first, last = evaluations[0], evaluations[-1]
-    table = Table(title=f"held-out prompts: {first.num_prompts} × {first.num_generations}")
-    for column in ("", f"before (step {first.step})", f"after (step {last.step})", "change"):
+    table = Table(title=f"held-out prompts: {last['num_prompts']} × {last['num_generations']}")
+    for column in ("", f"before (step {first['step']})", f"after (step {last['step']})", "change"):
         table.add_column(column, justify="left" if not column else "right")
-    rows = [(name, first.rewards[name], last.rewards[name]) for name in first.rewards]
+    rows = [(name, first["rewards"].get(name), value) for name, value in last["rewards"].items()]
     if len(rows) > 1:
-        rows.append(("reward, weighted", first.reward, last.reward))
-    rows.append(("tokens per completion", first.mean_length, last.mean_length))
-    for name, before, after in rows:
+        rows.append(("reward, weighted", first["reward"], last["reward"]))
+    rows.append(("tokens per completion", first["mean_length"], last["mean_length"]))
+    for name, *values in rows:
+        before, after = map(_number, values)
         table.add_row(name, f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}")
     return table
 

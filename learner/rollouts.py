@@ -7,21 +7,23 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
+import torch
 from torch import nn
 
 from rlx.config import Config
 from rlx.errors import ServiceError
+from rlx.learner.advantages import weighted_rewards
 from rlx.learner.data import Prompt
 from rlx.learner.publish import Publisher
-from rlx.learner.stream import requests_of, reward_names
+from rlx.learner.stream import requests_of, reward_names, rewards_of
 from rlx.rollout.client import RolloutClient
 from rlx.wire import GroupResult
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean rewards over the held-out prompts at one step: `reward` weighted, `rewards` by function."""
+    """Mean rewards over the held-out prompts at one step: `reward` weighted, `rewards` by function; NaN where no
+    completion had one."""
 
     step: int
     weight_version: int
@@ -48,7 +50,6 @@ class Rollouts:
         self._config, self._client, self._publisher, self._model = config, client, publisher, model
         self._held_out, self._on_evaluation = held_out, on_evaluation
         self._run_id = uuid.uuid4().hex[:12]
-        self._first_step: int | None = None
 
     def fetch(self, step: int, prompts: list[Prompt]) -> tuple[list[GroupResult], dict[str, float]]:
         """Publish the weights that `step` begins with, evaluate when due, and bring the step's scored groups.
@@ -56,9 +57,8 @@ class Rollouts:
         Seconds by part: weight_sync_s, weight_sync_pause_s, rollout_wait_s, eval_s.
         """
         seconds = self.publish()
-        self._first_step = step if self._first_step is None else self._first_step
         every = self._config.eval_steps
-        if step == self._first_step or (every is not None and step % every == 0):
+        if step == 0 or (every is not None and step % every == 0):
             seconds |= self.evaluate(step)
         started = time.perf_counter()
         requests = requests_of(self._config, prompts, self._run_id, step, "", self._config.trl.num_generations)
@@ -80,9 +80,8 @@ class Rollouts:
         started = time.perf_counter()
         n = self._config.trl.num_generations_eval
         groups = self._client.rollouts(requests_of(self._config, self._held_out, self._run_id, step, "eval", n))
-        values_BF = np.concatenate([np.stack([r.values for r in group.rewards], axis=1) for group in groups])
-        weights = np.asarray(self._config.trl.reward_weights or [1.0] * values_BF.shape[1])
-        means_F = np.nanmean(values_BF, axis=0)
+        rewards_BF = torch.from_numpy(rewards_of(groups))
+        weights_F = torch.tensor(self._config.trl.reward_weights or [1.0] * rewards_BF.shape[1])
         lengths = [c.ids.size for group in groups for c in group.completions]
         seconds = time.perf_counter() - started
         result = Evaluation(
@@ -90,8 +89,8 @@ class Rollouts:
             weight_version=self._publisher.version or 0,
             num_prompts=len(self._held_out),
             num_generations=n,
-            reward=float(np.nansum(means_F * weights)),
-            rewards=dict(zip(reward_names(groups[0]), means_F.tolist(), strict=True)),
+            reward=weighted_rewards(rewards_BF, weights_F).nanmean().item(),
+            rewards=dict(zip(reward_names(groups[0]), rewards_BF.nanmean(dim=0).tolist(), strict=True)),
             mean_length=sum(lengths) / len(lengths),
             seconds=seconds,
         )

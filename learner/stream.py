@@ -18,7 +18,6 @@ import numpy as np
 import torch
 
 from rlx.config import Config, Plan
-from rlx.errors import RlxError
 from rlx.learner.advantages import Advantages, group_advantages
 from rlx.learner.batching import MicroBatch, Sample, collate, split
 from rlx.learner.data import Prompt
@@ -66,6 +65,11 @@ def reward_names(group: GroupResult) -> list[str]:
     whole = [outcome.name for outcome in group.rewards]
     short = [name.rpartition(".")[2].rpartition(":")[2] for name in whole]
     return short if len(set(short)) == len(short) else whole
+
+
+def rewards_of(groups: list[GroupResult]) -> np.ndarray:
+    """Rewards [B, F] of all completions, group after group; NaN for None."""
+    return np.concatenate([np.stack([r.values for r in group.rewards], axis=1) for group in groups])
 
 
 def sampling_of(config: Config) -> Sampling:
@@ -141,17 +145,14 @@ class RolloutStream:
     def _next(self, step: int) -> StepBatch:
         prompts = [self._prompts[i] for i in self.order.at(step)]
         seconds: dict[str, float] = {}
-        frames: list[bytes] = []
-        if self._ranks.rank == 0:
-            try:
-                groups, seconds = self._fetch(step, prompts)
-            except RlxError:
-                self._ranks.broadcast(None)
-                raise
-            frames = [group.encode() for group in groups]
-        frames = self._ranks.broadcast(frames)
-        groups = [GroupResult.decode(frame) for frame in frames]
-        rewards_BF = np.concatenate([np.stack([r.values for r in group.rewards], axis=1) for group in groups])
+
+        def fetch() -> list[bytes]:
+            groups, times = self._fetch(step, prompts)
+            seconds.update(times)
+            return [group.encode() for group in groups]
+
+        groups = [GroupResult.decode(frame) for frame in self._ranks.from_first(fetch)]
+        rewards_BF = rewards_of(groups)
         weights = self._config.trl.reward_weights or [1.0] * rewards_BF.shape[1]
         advantages = group_advantages(
             torch.from_numpy(rewards_BF),

@@ -10,6 +10,7 @@ checkpoint.
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -30,12 +31,11 @@ from rlx.learner.stream import RolloutStream, StepBatch, reward_names
 CHECKPOINT_MARKER = "rlx_state.json"
 
 
-def training_arguments(config: Config, plan: Plan, total_steps: int, steps_per_epoch: int) -> TrainingArguments:
+def training_arguments(
+    config: Config, plan: Plan, total_steps: int, steps_per_epoch: int, ddp_timeout_s: float
+) -> TrainingArguments:
     """The library's arguments; the stream knows no epochs, so everything is counted in steps."""
     on_gpu = torch.cuda.is_available()
-    save_steps = config.save_steps or max(1, steps_per_epoch // (config.saves_per_epoch or 1))
-    # Waiting ranks outlast every deadline of rank 0: service start, publish, evaluation and rollouts.
-    wait = config.trl.vllm_server_timeout + config.service.publish_timeout + 3 * config.service.group_timeout
     return TrainingArguments(
         output_dir=config.output_dir,
         max_steps=total_steps,
@@ -58,11 +58,11 @@ def training_arguments(config: Config, plan: Plan, total_steps: int, steps_per_e
         gradient_checkpointing_kwargs=config.gradient_checkpointing_kwargs or None,
         logging_steps=config.logging_steps,
         save_strategy="no" if config.save_strategy == "no" else "steps",
-        save_steps=save_steps,
+        save_steps=config.save_steps or max(1, steps_per_epoch // (config.saves_per_epoch or 1)),
         save_total_limit=config.save_total_limit,
         use_cpu=not on_gpu,
-        ddp_backend="nccl" if on_gpu else "gloo",
-        ddp_timeout=int(wait),
+        ddp_backend=None if "RANK" not in os.environ else "nccl" if on_gpu else "gloo",
+        ddp_timeout=int(ddp_timeout_s),
         ddp_find_unused_parameters=False,
         ignore_data_skip=True,
         disable_tqdm=True,
@@ -158,7 +158,7 @@ class GRPOTrainer(Trainer):
                 self._ranks.sum_(self._loss_metrics.sums), self._ranks.max_(self._loss_metrics.maxima)
             )
             logs |= metrics.report()
-            logs |= {name: sum(values) / len(values) for name, values in self._step_metrics.items()}
+            logs |= {name: _mean(values) for name, values in self._step_metrics.items()}
             self._loss_metrics, self._step_metrics = LossMetrics.zero(), {}
         super().log(logs, start_time)
 
@@ -170,7 +170,8 @@ class GRPOTrainer(Trainer):
         super()._save_checkpoint(model, trial)
         if self._ranks.rank == 0:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            state = {"step": self.state.global_step, "weight_version": self._weight_version()}
+            step, version = self.state.global_step, self._weight_version()
+            state = {"step": step, "weight_version": version, "saved_at": time.time()}
             write_atomically(folder / CHECKPOINT_MARKER, json.dumps(state))
 
 
@@ -195,6 +196,7 @@ def step_metrics(config: Config, batch: StepBatch) -> dict[str, float]:
         "reward": scored.reward_mean,
         "reward_std": scored.reward_std,
         "frac_reward_zero_std": scored.reward_std_zero_fraction,
+        "frac_reward_none": scored.unscorable_fraction,
         "completions/mean_length": sum(lengths) / len(lengths),
         "completions/max_length": float(max(lengths)),
         "completions/clipped_ratio": sum(c.finish_reason == "length" for c in completions) / len(completions),
@@ -202,11 +204,16 @@ def step_metrics(config: Config, batch: StepBatch) -> dict[str, float]:
     for index, name in enumerate(reward_names(batch.groups[0])):
         column = torch.from_numpy(batch.rewards_BF[:, index].copy())
         metrics[f"rewards/{name}/mean"] = column.nanmean().item()
-    for name in batch.groups[0].metrics:
-        values = [group.metrics[name] for group in batch.groups if name in group.metrics]
-        metrics[name] = sum(values) / len(values)
+    for name in dict.fromkeys(name for group in batch.groups for name in group.metrics):
+        metrics[name] = _mean([group.metrics[name] for group in batch.groups if name in group.metrics])
     metrics |= {f"perf/{name}": value for name, value in batch.seconds.items()}
     return metrics
+
+
+def _mean(values: list[float]) -> float:
+    """Of what is not NaN; NaN when nothing is left."""
+    known = [value for value in values if not math.isnan(value)]
+    return sum(known) / len(known) if known else math.nan
 
 
 def write_atomically(path: Path, text: str) -> None:

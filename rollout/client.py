@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import itertools
 import json
 import threading
 import time
@@ -26,6 +27,10 @@ from rlx.rollout.http_errors import raise_answer
 from rlx.wire import CONTENT_TYPE, GroupRequest, GroupResult, WeightManifest, decode_frame, encode_frame
 
 T = TypeVar("T")
+MAX_IN_FLIGHT = 256
+"""Groups that a client has submitted and not got back; more wait here."""
+_POOLS = 16
+"""Connection pools that share them: a pool looks through all its connections at every request, so one of 256 is slow."""
 _PIECE = 2**20
 _RESUBMITS = 5
 _FIRST_PAUSE_S = 0.2
@@ -58,23 +63,31 @@ class PublishTimes:
 
 class RolloutClient:
     def __init__(
-        self, base_url: str, token: str | None, timeouts: ClientTimeouts | None = None, max_in_flight: int = 256
+        self,
+        base_url: str,
+        token: str | None,
+        timeouts: ClientTimeouts | None = None,
+        max_in_flight: int = MAX_IN_FLIGHT,
     ):
         self.base_url = base_url.rstrip("/")
         self._timeouts = timeouts or ClientTimeouts()
-        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
-        self._max_in_flight = max_in_flight
         self._start_lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._loop = asyncio.new_event_loop()
         self._slots = asyncio.Semaphore(max_in_flight)
-        self._http = httpx.AsyncClient(
-            base_url=self.base_url,
-            headers=self._headers,
-            timeout=httpx.Timeout(None, connect=self._timeouts.connect_s),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=max_in_flight),
-            trust_env=False,
-        )
+        certificates = httpx.create_ssl_context(trust_env=False)
+        self._pools = [
+            httpx.AsyncClient(
+                base_url=self.base_url,
+                headers={"Authorization": f"Bearer {token}"} if token else {},
+                timeout=httpx.Timeout(None, connect=self._timeouts.connect_s),
+                limits=httpx.Limits(max_connections=None, max_keepalive_connections=max_in_flight),
+                verify=certificates,
+                trust_env=False,
+            )
+            for _ in range(_POOLS)
+        ]
+        self._pool_in_turn = itertools.cycle(self._pools)
 
     def __enter__(self) -> RolloutClient:
         return self
@@ -174,7 +187,7 @@ class RolloutClient:
             seconds + _MARGIN_S, lambda: f"{who}: the bytes did not reach {self.base_url} within {seconds:g} s"
         ):
             try:
-                answer = await self._http.put(
+                answer = await next(self._pool_in_turn).put(
                     path, content=_pieces(data), headers={"Content-Length": str(manifest.nbytes)}
                 )
             except httpx.TransportError as error:
@@ -196,7 +209,8 @@ class RolloutClient:
         ):
             for resubmit in range(_RESUBMITS + 1):
                 try:
-                    answer = await self._http.request(method, path, content=body, headers={"Content-Type": kind})
+                    pool = next(self._pool_in_turn)
+                    answer = await pool.request(method, path, content=body, headers={"Content-Type": kind})
                     break
                 except httpx.TransportError as error:
                     if resubmit == _RESUBMITS:
@@ -210,7 +224,7 @@ class RolloutClient:
 
         async def ask() -> httpx.Response:
             async with deadline(seconds, lambda: f"{self.base_url}/health did not answer within {seconds:g} s"):
-                return await self._http.get("/health")
+                return await next(self._pool_in_turn).get("/health")
 
         try:
             answer = self._call(ask())
@@ -242,7 +256,8 @@ class RolloutClient:
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
-        await self._http.aclose()
+        for pool in self._pools:
+            await pool.aclose()
 
 
 async def _pieces(data: bytes | memoryview | Iterable[bytes]) -> AsyncIterator[bytes]:
