@@ -22,7 +22,7 @@ from rlx.cluster.ray_scorer import RayScorer
 from rlx.cluster.ray_worker import RayWorker, WeightParcel
 from rlx.config import Config
 from rlx.envs.single_turn import single_turn
-from rlx.hub import located
+from rlx.hub import check_in_reach
 from rlx.rollout.app import create_app
 from rlx.rollout.auth import service_token
 from rlx.rollout.gateway import bind, serving
@@ -40,7 +40,7 @@ async def serve(config: Config, *, engine: EngineFactory = vllm_engine, on_progr
     """The same inside an event loop. 0 after a drain, 128 + signal when stopped while loading."""
     token = service_token()
     if engine is vllm_engine:
-        located(config, "base_model")
+        check_in_reach(config, "base_model")
     listener = bind(config.vllm.host, config.vllm.port)
     stop = _Stop(on_progress)
     watchdog.guard()

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from rlx.config import Config
-from rlx.errors import ConfigError
+from rlx.errors import ConfigError, ModelError
 
 _TIMEOUT_S = 5.0
 
@@ -43,3 +43,19 @@ def located(config: Config, key: str) -> str:
     if key == "base_model" and Path(found).is_dir() and not (Path(found) / "config.json").is_file():
         raise ConfigError(f"{config.path}: {key}: {found} holds no model: config.json is missing.")
     return found
+
+
+def check_in_reach(config: Config, key: str) -> None:
+    """ModelError when the value of `base_model` or `tokenizer_config` is neither a local folder nor in the hub's cache
+    and `settle_hub` found that the hub does not answer."""
+    name = located(config, key)
+    if Path(name).is_dir() or os.environ.get("HF_HUB_OFFLINE") != "1":
+        return
+    from huggingface_hub import try_to_load_from_cache
+
+    revision = config.revision_of_model if key == "base_model" else None
+    if not isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
+        raise ModelError(
+            f"{config.path}: {key}: {name!r} is no local folder, the hub cannot be reached, and its cache does not hold "
+            "this model. Check the name and the network, or name a local folder."
+        )

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from rlx.config import Config, load_config
-from rlx.errors import ConfigError
-from rlx.hub import located, settle_hub
+from rlx.errors import ConfigError, ModelError
+from rlx.hub import check_in_reach, located, settle_hub
 
 
 def config(folder: Path, model: str, data: str) -> Config:
@@ -46,3 +46,19 @@ def test_a_folder_is_found_next_to_the_yaml_and_a_missing_one_names_its_key(tmp_
     with pytest.raises(ConfigError, match=r"base_model: there is no folder '\./models/x'"):
         located(config(tmp_path, "./models/x", "d"), "base_model")
     assert located(config(tmp_path, "org/model", "d"), "base_model") == "org/model"
+
+
+def test_a_model_of_a_hub_out_of_reach_names_its_key_unless_it_is_in_the_cache(tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    asked = config(tmp_path, "org/model", "d")
+    check_in_reach(asked, "base_model")  # not known to be out of reach
+    settle_hub(asked)
+    with pytest.raises(ModelError, match="base_model: 'org/model' is no local folder, the hub cannot be reached"):
+        check_in_reach(asked, "base_model")
+    snapshot = cache / "models--org--model" / "snapshots" / "a"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    (cache / "models--org--model" / "refs").mkdir()
+    (cache / "models--org--model" / "refs" / "main").write_text("a")
+    check_in_reach(asked, "base_model")
