@@ -31,12 +31,22 @@ from rlx.learner.stream import RolloutStream, StepBatch, reward_names
 CHECKPOINT_MARKER = "rlx_state.json"
 
 
+class _Arguments(TrainingArguments):
+    """The library's, except that a CPU has no index: accelerate calls it `cpu:0` where there are several processes,
+    and `torch.load` of a checkpoint cannot restore to that."""
+
+    @property
+    def device(self) -> torch.device:
+        device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device
+
+
 def training_arguments(
     config: Config, plan: Plan, total_steps: int, steps_per_epoch: int, ddp_timeout_s: float
 ) -> TrainingArguments:
     """The library's arguments; the stream knows no epochs, so everything is counted in steps."""
     on_gpu = torch.cuda.is_available()
-    return TrainingArguments(
+    return _Arguments(
         output_dir=config.output_dir,
         max_steps=total_steps,
         per_device_train_batch_size=config.micro_batch_size,
