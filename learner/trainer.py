@@ -77,6 +77,7 @@ def training_arguments(
         ignore_data_skip=True,
         disable_tqdm=True,
         report_to="none",
+        log_level_replica="error",
         remove_unused_columns=False,
         logging_nan_inf_filter=False,
     )
