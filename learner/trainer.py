@@ -55,7 +55,7 @@ def training_arguments(
         optim=config.optimizer,
         lr_scheduler_type=config.lr_scheduler,
         lr_scheduler_kwargs=config.lr_scheduler_kwargs,
-        warmup_steps=int(config.warmup_ratio * total_steps) if config.warmup_ratio else config.warmup_steps,
+        warmup_steps=int(config.warmup_ratio * total_steps) if config.warmup_ratio is not None else config.warmup_steps,
         weight_decay=config.weight_decay,
         adam_beta1=config.adam_beta1,
         adam_beta2=config.adam_beta2,
