@@ -150,7 +150,8 @@ def serve(score: Score = length_reward, version: int = 0, finish_reason: str = "
     try:
         yield served
     finally:
-        served.stop()
+        if thread.is_alive():
+            served.stop()
         thread.join(START_TIMEOUT_S)
 
 

@@ -1,29 +1,23 @@
 """Whole runs against a real gateway over HTTP, with rollouts that are the same in every run: steps by hand, one process
-and two, stopped and resumed, and what a run leaves behind when it fails or is stopped."""
+and two, stopped and resumed."""
 
 from __future__ import annotations
 
-import signal
-import subprocess
-import sys
-import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from fake_service import EOS, Score, Served, config_for, length_reward, lines, place, serve, write_run
+from fake_service import EOS, Score, config_for, length_reward, lines, place, serve, write_run
+from learner_process import run
 from safetensors.torch import load
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlx.errors import ServiceError, UserCodeError
 from rlx.learner.main import train
-from rlx.processes import descendants
 from rlx.wire import Completion, GroupRequest
-
-LIMIT_S = 90.0
 
 
 def final(folder: Path) -> dict[str, Tensor]:
@@ -47,47 +41,6 @@ def fails_from(step: int) -> Score:
         return length_reward(request, completions)
 
     return score
-
-
-def start(path: Path, served: Served, processes: int, *overrides: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "rlx.cli", "train", str(path), "--num-processes", str(processes)]
-    return subprocess.Popen(
-        [*command, "--vllm.port", str(served.port), *overrides],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
-
-
-def gone(processes: dict[int, int], within_s: float) -> bool:
-    """Whether all of `processes` have ended."""
-    end = time.monotonic() + within_s
-    while time.monotonic() < end:
-        if not any(Path(f"/proc/{pid}/cmdline").exists() for pid in processes):
-            return True
-        time.sleep(0.05)
-    return False
-
-
-def run(path: Path, served: Served, processes: int, *overrides: str) -> tuple[int, str, str]:
-    """Exit status, stdout, stderr of `rlx train` to its end."""
-    learner = start(path, served, processes, *overrides)
-    seen: dict[int, int] = {}
-    watch = threading.Event()
-
-    def look() -> None:
-        while not watch.wait(0.3):
-            seen.update(descendants(learner.pid))
-
-    watcher = threading.Thread(target=look)
-    watcher.start()
-    try:
-        out, err = learner.communicate(timeout=LIMIT_S)
-    finally:
-        learner.kill()
-        watch.set()
-        watcher.join()
-    assert len(seen) >= processes
-    assert gone(seen, within_s=1.0)
-    return learner.returncode, out, err
 
 
 def test_a_step_is_one_step_of_gradient_descent_on_all_its_completions(tmp_path: Path) -> None:
@@ -227,24 +180,3 @@ def test_a_model_that_was_trained_is_kept_when_the_last_evaluation_fails(tmp_pat
     with serve(score) as served, pytest.raises(UserCodeError, match="3 values"):
         train(config_for(path, served), 1)
     assert final(tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_leaves_no_process_and_no_traceback(tmp_path: Path, number: signal.Signals) -> None:
-    path = write_run(tmp_path, max_steps=100000, test_datasets=None)
-    with serve() as served:
-        learner = start(path, served, 2)
-        try:
-            end = time.monotonic() + LIMIT_S
-            while not served.generated() and time.monotonic() < end:
-                time.sleep(0.1)
-            running = descendants(learner.pid)
-            assert len(running) >= 2
-            learner.send_signal(number)
-            _, err = learner.communicate(timeout=20)
-        finally:
-            learner.kill()
-        assert learner.returncode == 128 + number
-        assert gone(running, within_s=1.0)
-        assert "Traceback" not in err

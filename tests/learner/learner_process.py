@@ -1,0 +1,56 @@
+"""`rlx train` as a user starts it, and a look at what it leaves behind."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+from fake_service import Served
+
+from rlx.processes import descendants
+
+LIMIT_S = 90.0
+
+
+def start(path: Path, served: Served, processes: int, *overrides: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "rlx.cli", "train", str(path), "--num-processes", str(processes)]
+    return subprocess.Popen(
+        [*command, "--vllm.port", str(served.port), *overrides],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def gone(processes: dict[int, int], within_s: float) -> bool:
+    """Whether all of `processes` have ended."""
+    end = time.monotonic() + within_s
+    while time.monotonic() < end:
+        if not any(Path(f"/proc/{pid}/cmdline").exists() for pid in processes):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def run(path: Path, served: Served, processes: int, *overrides: str) -> tuple[int, str, str]:
+    """Exit status, stdout, stderr of `rlx train` to its end."""
+    learner = start(path, served, processes, *overrides)
+    seen: dict[int, int] = {}
+    watch = threading.Event()
+
+    def look() -> None:
+        while not watch.wait(0.3):
+            seen.update(descendants(learner.pid))
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    try:
+        out, err = learner.communicate(timeout=LIMIT_S)
+    finally:
+        learner.kill()
+        watch.set()
+        watcher.join()
+    assert len(seen) >= processes
+    assert gone(seen, within_s=1.0)
+    return learner.returncode, out, err
