@@ -1,0 +1,80 @@
+"""An untied Llama in an ordinary run: the weights arrive; and the service outlives learners that fail or are killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import numpy as np
+import pytest
+from e2e_parts import LEARNER_START_S, TOLERANCE, client_of, difference, read_rows, rlx
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rlx.errors import UserCodeError
+from rlx.wire import GroupRequest, Sampling
+
+RUN_S = LEARNER_START_S + 60
+
+
+def test_workers_of_an_untied_model_have_the_trained_weights(llama, tmp_path):
+    sequences = [([k], [(7 * i + k) % 250 for i in range(32)]) for k in range(4)]
+    with client_of(llama.config) as client:
+        first = client.workers()["weight_version"] + 1
+        options = ("--num-processes", "2", "--max_steps", 5, "--output_dir", tmp_path)
+        with rlx(tmp_path, "train", llama.config, *options) as learner:
+            assert learner.wait(RUN_S) == 0, learner.output
+        assert difference(client, tmp_path, sequences) < TOLERANCE
+        assert difference(client, llama.model, sequences) > 4 * TOLERANCE  # what a skipped sync would give
+        assert client.workers()["weight_version"] == first + 5
+    samples = read_rows(tmp_path / "samples.jsonl")
+    assert all(s["versions"] == [[first + s["step"] - 1, len(s["completion_ids"])]] for s in samples)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config.tie_word_embeddings is False
+    assert AutoTokenizer.from_pretrained(tmp_path)("a")["input_ids"] == AutoTokenizer.from_pretrained(llama.model)("a")["input_ids"]  # fmt: skip
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_a_reward_that_raises_stops_the_run_with_one_message(llama, tmp_path):
+    options = ("--datasets", "[{path: raises.jsonl}]", "--output_dir", tmp_path)
+    with rlx(tmp_path, "train", llama.config, *options, "--num-processes", "2") as learner:
+        assert learner.wait(RUN_S) == 1
+        assert learner.left() == []
+    assert learner.last_message.startswith("error: trl.reward_funcs[1] (rewards.fault) raised ZeroDivisionError")
+    assert f'{llama.folder / "rewards.py"}", line 9, in fault' in learner.last_message
+    assert "return [1.0 / len(text[:0]) for text in completions]" in learner.last_message
+    assert "/rewards/scoring.py" not in learner.output
+    assert learner.output.count("Traceback") == 1
+    assert learner.output.count("error: ") == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("short", "returned 1 values for 4 completions. Return one for each."),
+        ("nan", "returned nan for completion 0. Return a finite number, or None if not applicable."),
+    ],
+)
+def test_a_reward_of_the_wrong_shape_or_nan_is_named_by_its_key(llama, kind, message):
+    ids, sampling = np.arange(5, dtype=np.int32), Sampling(max_tokens=4)
+    request = GroupRequest(f"fault/{kind}", "say 1", ids, 4, sampling, columns={"fault": kind})
+    with client_of(llama.config) as client, pytest.raises(UserCodeError) as raised:
+        client.rollouts([request])
+    assert str(raised.value) == f"trl.reward_funcs[1] (rewards.fault) {message}"
+
+
+def test_a_learner_that_is_killed_leaves_the_service_to_the_next_and_so_does_ctrl_c(llama, tmp_path):
+    options = ("--num-processes", "2", "--output_dir", tmp_path, "--max_steps", 10_000)
+    with rlx(tmp_path, "train", llama.config, *options) as learner:
+        learner.wait_for("step 2/", RUN_S)
+        ranks = [pid for pid, line in learner.processes().items() if "rlx.learner.main" in line]
+        os.kill(max(ranks), signal.SIGKILL)
+        assert learner.wait(30) == 137
+        assert learner.left() == []
+    assert learner.last_message == "error: a learner process was killed by signal 9"
+    with rlx(tmp_path, "train", llama.config, *options) as learner:
+        learner.wait_for("step 2/", RUN_S)
+        learner.ctrl_c()
+        assert learner.wait(30) == 130
+        assert learner.left() == []
+    assert "Traceback" not in learner.output
+    with client_of(llama.config) as client:
+        assert client.health()["status"] == "ok"
