@@ -41,24 +41,20 @@ class Ranks:
         if self.size == 1:
             return frames or []
         count = torch.tensor([-1 if frames is None else len(frames)])
-        self._send(count)
+        dist.broadcast(count, src=0, group=self._group)
         if count.item() < 0:
             if self.rank == 0:
                 return []
             raise StoppedByRankZero("rank 0 stopped the run")
         sizes = torch.tensor([len(f) for f in frames or []] if self.rank == 0 else [0] * int(count))
-        self._send(sizes)
+        dist.broadcast(sizes, src=0, group=self._group)
         ends = np.cumsum(sizes.numpy()).tolist()
         data = torch.zeros(ends[-1] if ends else 0, dtype=torch.uint8)
         if self.rank == 0:
             data.numpy()[:] = np.frombuffer(b"".join(frames or []), dtype=np.uint8)
-        self._send(data)
+        dist.broadcast(data, src=0, group=self._group)
         whole = data.numpy().data
         return [bytes(whole[start:end]) for start, end in pairwise([0, *ends])]
-
-    def _send(self, values: torch.Tensor) -> None:
-        if values.numel():  # gloo refuses to send nothing
-            dist.broadcast(values, src=0, group=self._group)
 
     def sum_(self, values: torch.Tensor) -> torch.Tensor:
         """Add `values` (CPU, any shape) over all ranks, in place."""
