@@ -19,10 +19,10 @@ import torch
 import transformers
 from rich.console import Console
 
-from rlx.config import Config, load_config, make_plan, parse_overrides
+from rlx.config import Config, Plan, load_config, make_plan, parse_overrides
 from rlx.errors import RlxError
 from rlx.learner.checkpoints import find_resume_point, save_final
-from rlx.learner.data import Prompt, load_prompts
+from rlx.learner.data import Prompt, PromptSet, load_prompts
 from rlx.learner.model import load_model, load_tokenizer, rollout_dtype, saved_dtype
 from rlx.learner.progress import ProgressReport
 from rlx.learner.publish import Publisher
@@ -54,18 +54,9 @@ def train(config: Config, num_processes: int) -> None:
     resume = find_resume_point(config)
     tokenizer = load_tokenizer(config)
     train_set, test_set = load_prompts(config, tokenizer)
-    for note in plan.notes:
-        console.print(f"note: {note}", **PLAIN)
     total_steps = plan.total_steps(config, len(train_set.prompts))
     steps_per_epoch = plan.steps_per_epoch(len(train_set.prompts))
-    dropped = (
-        f" ({train_set.too_long} longer than {config.max_prompt_length} tokens left out)" if train_set.too_long else ""
-    )
-    console.print(
-        f"{len(train_set.prompts)} prompts{dropped}, {plan.prompts_per_step} × {plan.num_generations} completions a step, "
-        f"{total_steps} steps, {num_processes} process{'es' if num_processes > 1 else ''}",
-        **PLAIN,
-    )  # fmt: skip
+    _print_plan(config, plan, train_set, total_steps, console)
 
     client = _connect(config, console) if is_first else None
     model = load_model(config)
@@ -122,6 +113,19 @@ def train(config: Config, num_processes: int) -> None:
             progress.stop()
         if client is not None:
             client.close()
+
+
+def _print_plan(config: Config, plan: Plan, train_set: PromptSet, total_steps: int, console: Console) -> None:
+    for note in plan.notes:
+        console.print(f"note: {note}", **PLAIN)
+    dropped = (
+        f" ({train_set.too_long} longer than {config.max_prompt_length} tokens left out)" if train_set.too_long else ""
+    )
+    console.print(
+        f"{len(train_set.prompts)} prompts{dropped}, {plan.prompts_per_step} × {plan.num_generations} completions a step, "
+        f"{total_steps} steps, {plan.num_processes} process{'es' if plan.num_processes > 1 else ''}",
+        **PLAIN,
+    )
 
 
 class _Recorder:
