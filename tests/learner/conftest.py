@@ -1,9 +1,13 @@
-"""The token of the fake service, for every process that a test starts."""
+"""The token of the fake service, for every process that a test starts; one thread, so that busy cores slow nothing."""
 
 from __future__ import annotations
 
 import pytest
+import torch
 from fake_service import TOKEN
+
+
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
