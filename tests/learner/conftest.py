@@ -6,7 +6,6 @@ import pytest
 import torch
 from fake_service import TOKEN
 
-
 torch.set_num_threads(1)
 
 

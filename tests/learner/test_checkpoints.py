@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,7 @@ def test_a_checkpoint_is_named_relative_to_the_yaml(tmp_path: Path) -> None:
 def test_a_run_keeps_the_newest_checkpoints_also_beside_those_of_an_earlier_run(tmp_path: Path) -> None:
     path = write_run(tmp_path, max_steps=3, save_steps=1, save_total_limit=2, test_datasets=None)
     old = checkpoint(tmp_path / "out", 30, saved_at=1.0)
+    os.utime(old, (1.0, 1.0))
     with serve() as served:
         train(config_for(path, served), 1)
         point = find_resume_point(config_for(path, served, auto_resume_from_checkpoints=True))
