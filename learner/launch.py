@@ -19,7 +19,8 @@ def train_main(config: Config, overrides: list[str], num_processes: int) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for module in ("agent.server.api", "multiprocessing.api"):  # each has set a level of its own
+        logging.getLogger(f"torch.distributed.elastic.{module}").setLevel(logging.CRITICAL)
     arguments = ["-u", "-m", "rlx.learner.main", str(num_processes), str(config.path), *overrides]
     try:
         with tempfile.TemporaryDirectory(prefix="rlx-learner-") as logs:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import rotate_checkpoints
 
 from rlx.config import Config, Plan
 from rlx.learner.batching import MicroBatch
@@ -69,7 +70,6 @@ def training_arguments(
         logging_steps=config.logging_steps,
         save_strategy="no" if config.save_strategy == "no" else "steps",
         save_steps=config.save_steps or max(1, steps_per_epoch // (config.saves_per_epoch or 1)),
-        save_total_limit=config.save_total_limit,
         use_cpu=not on_gpu,
         ddp_backend=None if "RANK" not in os.environ else "nccl" if on_gpu else "gloo",
         ddp_timeout=int(ddp_timeout_s),
@@ -184,6 +184,8 @@ class GRPOTrainer(Trainer):
             step, version = self.state.global_step, self._weight_version()
             state = {"step": step, "weight_version": version, "saved_at": time.time()}
             write_atomically(folder / CHECKPOINT_MARKER, json.dumps(state))
+            # Here, not in the library: the old checkpoint may go only when the new one is complete.
+            rotate_checkpoints(self.args.output_dir, self._config.save_total_limit, use_mtime=True)
 
 
 class StepClock(TrainerCallback):

@@ -93,7 +93,7 @@ class Config(Section):
     output_dir: str = Field(
         "./outputs", description="Folder for checkpoints, the final model and the logs, relative to the current folder."
     )
-    save_strategy: Literal["steps", "epoch", "best", "no"] | None = Field(
+    save_strategy: Literal["steps", "epoch", "no"] | None = Field(
         None,
         description="When to write checkpoints; default: steps when save_steps is given, else at the end of each epoch.",
     )
