@@ -70,6 +70,7 @@ class _Run:
             return code
         if self._interrupted:
             return 128 + self._interrupted
+        say(f"starting the learner: {num_processes} process{'es' if num_processes > 1 else ''}")
         self._learner = self._start("train", "--num-processes", str(num_processes), env=environment)
         while self._learner.poll() is None and service.poll() is None and time.monotonic() < self._give_up_at:
             time.sleep(_POLL_S)

@@ -7,6 +7,7 @@
     ├── ModelError (RuntimeError)        a model cannot be found or loaded
     ├── ServiceError (RuntimeError)      the rollout service refused or failed
     │   ├── ServiceUnavailable           nobody answers, or a worker is down
+    │   ├── WireError (ValueError)       bytes that are not in the wire format (in `rlx.wire`)
     │   └── WeightSyncError              a worker did not take the weights that were sent
     └── DeadlineExceeded (TimeoutError)  someone did not answer in time
 

@@ -17,13 +17,15 @@ from typing import Any
 
 import numpy as np
 
+from rlx.errors import ServiceError
+
 CONTENT_TYPE = "application/x-rlx"
 _MAGIC = b"RLX1"
 _MALFORMED = (KeyError, TypeError, ValueError, OverflowError)
 _DTYPES: dict[str, np.dtype[Any]] = {"i4": np.dtype("<i4"), "f4": np.dtype("<f4"), "u1": np.dtype("u1")}
 
 
-class WireError(ValueError):
+class WireError(ServiceError, ValueError):
     """Bytes that are not a frame of this format."""
 
 

@@ -8,11 +8,14 @@ import sys
 import tempfile
 
 from rlx.config import Config, make_plan
+from rlx.hub import check_in_reach
 
 
 def train_main(config: Config, overrides: list[str], num_processes: int) -> int:
     """Run `num_processes` of `rlx.learner.main` to the end; the exit code of the first that failed, else 0."""
-    make_plan(config, num_processes)  # a ConfigError belongs here, once, before anything is started
+    # What can be wrong without loading anything belongs here: said once, before anything is started.
+    make_plan(config, num_processes)
+    check_in_reach(config, "base_model")
     threads = max(1, (os.cpu_count() or 1) // num_processes)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException

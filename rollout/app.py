@@ -41,8 +41,7 @@ def create_app(service: RolloutService, token: str | None, require_token_for_dat
     app.include_router(_data_plane(service), dependencies=[Depends(with_token)] if require_token_for_data else [])
     app.include_router(_control_plane(service), dependencies=[Depends(with_token)])
     app.add_api_route("/health", _health(service), methods=["GET"])
-    for known in (RlxError, WireError):
-        app.add_exception_handler(known, _answer_error)
+    app.add_exception_handler(RlxError, _answer_error)
     app.add_exception_handler(HTTPException, _answer_http_error)
     app.add_exception_handler(ClientDisconnect, _answer_nobody)
     app.add_exception_handler(Exception, _answer_bug)

@@ -40,7 +40,12 @@ def test_a_run_that_trains_stops_its_service_and_gives_0(tmp_path):
     run = start(tmp_path, "serves", "trains")
     output, _ = run.communicate(timeout=30)
     assert run.returncode == 0
-    assert output.splitlines() == ["service: loading", "service: ready: http://127.0.0.1:1, 1 worker", "trained"]
+    assert output.splitlines() == [
+        "service: loading",
+        "service: ready: http://127.0.0.1:1, 1 worker",
+        "starting the learner: 2 processes",
+        "trained",
+    ]
     assert not runs(tmp_path, "service")
     assert "service stopped by 15" in (tmp_path / "out" / "service.log").read_text()
     assert (tmp_path / "service.arguments").read_text() == "--trl.beta 0.1"
