@@ -164,8 +164,9 @@ Sequence = tuple[list[int], list[int]]
 """Token ids of a prompt and of its completion."""
 
 
-def difference(client: RolloutClient, model: Path, sequences: list[Sequence]) -> float:
-    """max |log p(worker) − log p(transformers)| over every token of the completions, all workers."""
+def difference(client: RolloutClient, model: Path, sequences: list[Sequence], least_logprob: float = -1e9) -> float:
+    """max |log p(worker) − log p(transformers)| over the completions' tokens, all workers. Tokens that the worker finds
+    less likely than `least_logprob` do not count: bfloat16 rounds the large negative logits of a sharp policy coarsely."""
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
     largest = 0.0
     for prompt, completion in sequences:
@@ -174,7 +175,9 @@ def difference(client: RolloutClient, model: Path, sequences: list[Sequence]) ->
             logprobs_TV = network(ids_T[None]).logits[0, :-1].float().log_softmax(-1)
         expected_T = logprobs_TV.gather(-1, ids_T[1:, None])[-len(completion) :, 0].numpy()
         for reported_T in client.prompt_logprobs(ids_T.numpy()).values():
-            largest = max(largest, float(np.abs(reported_T[-len(completion) :] - expected_T).max()))
+            reported_T = reported_T[-len(completion) :]
+            gaps_T = np.abs(reported_T - expected_T)[reported_T > least_logprob]
+            largest = max(largest, float(gaps_T.max(initial=0.0)))
     return largest
 
 

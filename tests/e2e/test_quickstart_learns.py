@@ -33,6 +33,7 @@ from e2e_parts import (
 from transformers import AutoTokenizer
 
 STEPS = 12
+LIKELY = -3.0  # log of 5 %
 TRAIN_S = LEARNER_START_S + 90
 
 
@@ -100,8 +101,10 @@ def test_the_reward_raises_held_out_accuracy(trained):
 def test_workers_of_a_tied_model_have_the_trained_weights(trained):
     sequences = sequences_of(trained)
     with client_of(trained.config) as client:
-        assert difference(client, trained.out, sequences) < TOLERANCE
-        assert difference(client, trained.base_model, sequences) > 4 * TOLERANCE  # what a skipped sync would give
+        assert difference(client, trained.out, sequences, LIKELY) < TOLERANCE
+        assert (
+            difference(client, trained.base_model, sequences, LIKELY) > 4 * TOLERANCE
+        )  # what a skipped sync would give
         status = client.workers()
     assert status["weight_version"] == STEPS + 1
     assert [worker["weight_version"] for worker in status["workers"]] == [STEPS + 1]
@@ -136,7 +139,7 @@ def test_the_shuffled_reward_teaches_nothing(trained, tmp_path):
 
 def test_the_final_model_can_be_served_and_answers_openai_clients(trained, served):
     with client_of(trained.config) as client:
-        assert difference(client, trained.out, sequences_of(trained)) < TOLERANCE
+        assert difference(client, trained.out, sequences_of(trained), LIKELY) < TOLERANCE
     question = json.loads((trained.base_model.parent / "data" / "heldout.jsonl").read_text().splitlines()[0])[
         "question"
     ]
