@@ -31,7 +31,7 @@ class Ranks:
             return self.broadcast([])
         try:
             frames = make()
-        except Exception:
+        except Exception:  # whatever it is goes on up; the others must not wait for it
             self.broadcast(None)
             raise
         return self.broadcast(frames)

@@ -54,7 +54,7 @@ class VllmEngine:
             async with asyncio.timeout(self._options.start_timeout_s):
                 await asyncio.shield(starting)
                 await self.generate("warm-up", np.zeros(1, np.int32), 1, Sampling(max_tokens=2))
-        except BaseException as error:
+        except BaseException as error:  # a cancelled start, too, must leave no process of vLLM behind
             for process in set(multiprocessing.active_children()) - others:
                 process.kill()
             await asyncio.wait([starting], timeout=_SHUTDOWN_S)
