@@ -51,7 +51,7 @@ def _check_data(config: Config, found: _Findings) -> dict[str, Any] | None:
 
     from rlx.hub import located
     from rlx.learner.data import encode_prompt, first_row
-    from rlx.learner.model import load_tokenizer
+    from rlx.tokenizer import load_tokenizer
 
     datasets.disable_progress_bars()
     located(config, "base_model")

@@ -11,9 +11,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rlx.cluster.calls import call, create
 from rlx.cluster.reward_actor import RewardActor
 from rlx.config import Config
+from rlx.episode import Episode
 from rlx.errors import DeadlineExceeded, ServiceUnavailable, UserCodeError
 from rlx.rewards.scoring import ScoreRequest
-from rlx.wire import Completion, GroupRequest, RewardOutcome
+from rlx.wire import GroupRequest, RewardOutcome
 
 LOAD_TIMEOUT_S = 120.0
 _Answer = tuple[RewardOutcome, dict[str, float]]
@@ -33,9 +34,9 @@ class RayScorer:
         await _all_or_first_error([function.start() for function in self.functions])
 
     async def score(
-        self, request: GroupRequest, completions: list[Completion]
+        self, request: GroupRequest, episodes: list[Episode]
     ) -> tuple[list[RewardOutcome], dict[str, float]]:
-        group = ScoreRequest.of(request, completions)
+        group = ScoreRequest.of(request, episodes)
         answers = await _all_or_first_error([function.score(group) for function in self.functions])
         metrics = {name: value for _, logged in answers for name, value in logged.items()}
         return [outcome for outcome, _ in answers], metrics

@@ -21,7 +21,7 @@ from rlx.cluster.ray_runtime import RayRuntime
 from rlx.cluster.ray_scorer import RayScorer
 from rlx.cluster.ray_worker import RayWorker, WeightParcel
 from rlx.config import Config
-from rlx.envs.single_turn import single_turn
+from rlx.envs.single_turn import SingleTurn
 from rlx.hub import check_in_reach
 from rlx.rollout.app import create_app
 from rlx.rollout.auth import service_token
@@ -53,7 +53,7 @@ async def serve(config: Config, *, engine: EngineFactory = vllm_engine, on_progr
     service = RolloutService(
         list(workers),
         RayScorer(config),
-        single_turn,
+        SingleTurn(),
         config.service,
         model=config.base_model,
         start_timeout_s=config.vllm.start_timeout,

@@ -59,3 +59,16 @@ def check_in_reach(config: Config, key: str) -> None:
             f"{config.path}: {key}: {name!r} is no local folder, the hub cannot be reached, and its cache does not hold "
             "this model. Check the name and the network, or name a local folder."
         )
+
+
+def unusable(config: Config, key: str, name: str, error: Exception) -> ModelError:
+    """What to say when transformers cannot load `name`, the value of `key`."""
+    lines = str(error).strip().splitlines()
+    if Path(name).is_dir():
+        return ModelError(
+            f"{config.path}: {key}: the model in {name} cannot be loaded: {lines[0] if lines else error!r}"
+        )
+    return ModelError(
+        f"{config.path}: {key}: {name!r} is no local folder, and the hub could not give it: {lines[0] if lines else error!r} "
+        "Check the name and the network, log in with `hf auth login` for a gated model, or name a local folder."
+    )

@@ -12,11 +12,12 @@ import json
 import operator
 import struct
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from typing import Any, Literal, get_args
 
 import numpy as np
 
+from rlx.episode import Episode, Row, Status, StepReward
 from rlx.errors import ServiceError
 
 CONTENT_TYPE = "application/x-rlx"
@@ -81,13 +82,15 @@ class Sampling:
     repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()
     regex: str | None = None
+    seed: int | None = None
+    """Of this request alone; engines on CPU cannot take one and leave it out."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """More fields of vLLM's SamplingParams, by its names (`trl.generation_kwargs`)."""
 
 
 @dataclass(frozen=True)
 class Completion:
-    """One sampled completion of T tokens, end-of-sequence token included when it was sampled.
+    """What an engine sampled in one request: T tokens, end-of-sequence token included when it was sampled.
 
     `ids` int32 [T]; `logprobs` float32 [T], of the distribution that was sampled from; `versions`: run-length
     encoded `(weight_version, count)` whose counts sum to T; `finish_reason`: stop, length or abort.
@@ -118,11 +121,13 @@ class GroupRequest:
     step: int = 0
     deadline_s: float = 600.0
     """Seconds after which the service gives up on this group, counted from its arrival."""
+    seed: int = 0
+    """Of the environments: the same for all episodes of the group."""
 
     def encode(self) -> bytes:
         head = {"kind": "group_request", "key": self.key, "prompt": self.prompt, "n": self.num_generations,
                 "sampling": asdict(self.sampling), "columns": dict(self.columns), "step": self.step,
-                "deadline_s": self.deadline_s}  # fmt: skip
+                "deadline_s": self.deadline_s, "seed": self.seed}  # fmt: skip
         return encode_frame(head, {"prompt_ids": self.prompt_ids.astype(np.int32)})
 
     @staticmethod
@@ -145,28 +150,39 @@ class GroupRequest:
                 columns=body.get("columns", {}),
                 step=int(body.get("step", 0)),
                 deadline_s=float(body.get("deadline_s", 600.0)),
+                seed=int(body.get("seed", 0)),
             )
         except _MALFORMED as error:
             raise WireError(f"not a group request: {type(error).__name__}: {error}") from error
 
 
+Outcome = Literal["ok", "exception", "timeout", "crash", "invalid"]
+
+
 @dataclass(frozen=True)
 class RewardOutcome:
-    """What one reward function said of one group: `values` float32 [G], NaN where it gave None. `extra` are the columns
-    that it logged with `log_extra`, JSON values [G] each."""
+    """What one reward function said of one group: `values` float32 [G], NaN where it gave None or failed. `extra` are
+    the columns that it logged with `log_extra`, JSON values [G] each.
+
+    `outcome` says how the call ended; where it is not ok, `failed` completions have no value because of that, and
+    `error` is the message with the user's traceback.
+    """
 
     name: str
     values: np.ndarray
     seconds: float
     extra: Mapping[str, list[Any]] = field(default_factory=dict)
+    outcome: Outcome = "ok"
+    failed: int = 0
+    error: str = ""
 
 
 @dataclass(frozen=True)
 class GroupResult:
-    """A scored group of G completions. `worker` names who generated it; times are in seconds."""
+    """A scored group of G episodes. `worker` names who generated it; times are in seconds."""
 
     key: str
-    completions: tuple[Completion, ...]
+    episodes: tuple[Episode, ...]
     rewards: tuple[RewardOutcome, ...]
     worker: str
     generation_s: float
@@ -175,6 +191,7 @@ class GroupResult:
     """What the reward functions logged with `log_metric`."""
 
     def encode(self) -> bytes:
+        rows = [row for episode in self.episodes for row in episode.rows]
         head = {
             "kind": "group_result",
             "key": self.key,
@@ -182,17 +199,15 @@ class GroupResult:
             "generation_s": self.generation_s,
             "reward_s": self.reward_s,
             "metrics": dict(self.metrics),
-            "completions": [
-                {"n": int(c.ids.size), "versions": c.versions, "finish_reason": c.finish_reason, "text": c.text}
-                for c in self.completions
-            ],
-            "rewards": [{"name": r.name, "seconds": r.seconds, "extra": dict(r.extra)} for r in self.rewards],
+            "episodes": [_episode_head(episode) for episode in self.episodes],
+            "rewards": [_without_defaults(r, hidden=("values",)) for r in self.rewards],
         }
         return encode_frame(
             head,
             {
-                "ids": _concat([c.ids for c in self.completions], np.int32),
-                "logprobs": _concat([c.logprobs for c in self.completions], np.float32),
+                "ids": _concat([row.ids for row in rows], np.int32),
+                "logprobs": _concat([row.logprobs for row in rows], np.float32),
+                "prompt_ids": _concat([row.prompt_ids for row in rows if row.prompt_ids is not None], np.int32),
                 "rewards": _concat([r.values for r in self.rewards], np.float32),
             },
         )
@@ -207,28 +222,14 @@ class GroupResult:
 
     @staticmethod
     def _assemble(head: Mapping[str, Any], blocks: Mapping[str, np.ndarray]) -> GroupResult:
-        lengths = [int(c["n"]) for c in head["completions"]]
-        if blocks["ids"].size != sum(lengths) or blocks["logprobs"].size != sum(lengths):
-            raise WireError(
-                f"{sum(lengths)} tokens announced, {blocks['ids'].size} ids and {blocks['logprobs'].size} log-probs sent"
-            )
-        cuts = np.cumsum(lengths)[:-1]
-        completions = []
-        for meta, ids, logprobs in zip(
-            head["completions"], np.split(blocks["ids"], cuts), np.split(blocks["logprobs"], cuts), strict=True
-        ):
-            versions = tuple((int(v), int(n)) for v, n in meta["versions"])
-            if sum(n for _, n in versions) != ids.size:
-                raise WireError(f"versions {versions} do not partition the {ids.size} sampled tokens")
-            completions.append(Completion(ids, logprobs, versions, meta["finish_reason"], meta["text"]))
-        values = blocks["rewards"].reshape(len(head["rewards"]), len(lengths))
+        cursor = _Cursor(blocks)
+        episodes = tuple(_episode(dict(item), cursor) for item in head["episodes"])
+        cursor.check_all_used()
+        values = blocks["rewards"].reshape(len(head["rewards"]), len(episodes))
         return GroupResult(
             key=head["key"],
-            completions=tuple(completions),
-            rewards=tuple(
-                RewardOutcome(r["name"], v, r["seconds"], r["extra"])
-                for r, v in zip(head["rewards"], values, strict=True)
-            ),
+            episodes=episodes,
+            rewards=tuple(RewardOutcome(values=v, **r) for r, v in zip(head["rewards"], values, strict=True)),
             worker=head["worker"],
             generation_s=head["generation_s"],
             reward_s=head["reward_s"],
@@ -243,19 +244,80 @@ class GroupResult:
             "generation_s": self.generation_s,
             "reward_s": self.reward_s,
             "metrics": dict(self.metrics),
-            "completions": [
+            "episodes": [
                 {
-                    "text": c.text,
-                    "ids": c.ids.tolist(),
-                    "logprobs": [round(float(x), 6) for x in c.logprobs],
-                    "versions": c.versions,
-                    "finish_reason": c.finish_reason,
+                    **_without_defaults(e, hidden=("rows",)),
+                    "status": e.status,
+                    "rows": [row_json(row) for row in e.rows],
                     "rewards": {r.name: None if np.isnan(r.values[i]) else float(r.values[i]) for r in self.rewards},
-                    "extra": {column: values[i] for r in self.rewards for column, values in r.extra.items()},
+                    "extra": {**e.extra, **{column: values[i] for r in self.rewards for column, values in r.extra.items()}},
                 }
-                for i, c in enumerate(self.completions)
+                for i, e in enumerate(self.episodes)
             ],
-        }
+            "failures": {r.name: {"outcome": r.outcome, "failed": r.failed, "error": r.error}
+                         for r in self.rewards if r.outcome != "ok"},
+        }  # fmt: skip
+
+
+def row_json(row: Row) -> dict[str, Any]:
+    """A training row as plain JSON; log-probabilities are None for context."""
+    prompt = {} if row.prompt_ids is None else {"prompt_ids": row.prompt_ids.tolist()}
+    logprobs = [None if np.isnan(x) else round(float(x), 6) for x in row.logprobs]
+    return {**prompt, "ids": row.ids.tolist(), "logprobs": logprobs, "versions": row.versions}
+
+
+def _episode_head(episode: Episode) -> dict[str, Any]:
+    rows = [
+        {"n": int(row.ids.size), "versions": row.versions}
+        | ({} if row.prompt_ids is None else {"p": int(row.prompt_ids.size)})
+        for row in episode.rows
+    ]
+    return {**_without_defaults(episode, hidden=("rows",)), "rows": rows}
+
+
+def _without_defaults(value: Any, hidden: tuple[str, ...]) -> dict[str, Any]:
+    """The fields of a dataclass that say something, as JSON values."""
+    default = {f.name: f.default_factory() if f.default_factory is not MISSING else f.default for f in fields(value)}
+    items = {name: getattr(value, name) for name in default if name not in hidden}
+    items = {name: item for name, item in items.items() if default[name] is MISSING or item != default[name]}
+    if "step_rewards" in items:
+        items["step_rewards"] = [asdict(step) for step in items["step_rewards"]]
+    return {name: dict(item) if isinstance(item, Mapping) else item for name, item in items.items()}
+
+
+class _Cursor:
+    """Takes rows off the blocks of a frame."""
+
+    def __init__(self, blocks: Mapping[str, np.ndarray]):
+        self._blocks = blocks
+        self._at = {name: 0 for name in ("ids", "logprobs", "prompt_ids")}
+
+    def take(self, name: str, count: int) -> np.ndarray:
+        start = self._at[name]
+        if count < 0 or start + count > self._blocks[name].size:
+            raise WireError(f"the rows announce more {name} than the {self._blocks[name].size} that were sent")
+        self._at[name] = start + count
+        return self._blocks[name][start : start + count]
+
+    def check_all_used(self) -> None:
+        for name, used in self._at.items():
+            if used != self._blocks[name].size:
+                raise WireError(f"{used} {name} announced, {self._blocks[name].size} sent")
+
+
+def _episode(head: dict[str, Any], cursor: _Cursor) -> Episode:
+    rows = []
+    for meta in head.pop("rows"):
+        count = operator.index(meta["n"])
+        versions = tuple((int(v), int(n)) for v, n in meta["versions"])
+        if sum(n for _, n in versions) != count or any(n < 1 for _, n in versions):
+            raise WireError(f"versions {versions} do not partition the {count} tokens of a row")
+        prompt_ids = cursor.take("prompt_ids", operator.index(meta["p"])) if "p" in meta else None
+        rows.append(Row(cursor.take("ids", count), cursor.take("logprobs", count), versions, prompt_ids))
+    steps = tuple(StepReward(**step) for step in head.pop("step_rewards", ()))
+    if head.get("status", "ok") not in get_args(Status):
+        raise WireError(f"an episode has the unknown status {head['status']!r}")
+    return Episode(rows=tuple(rows), step_rewards=steps, **head)
 
 
 @dataclass(frozen=True)

@@ -4,24 +4,48 @@ from __future__ import annotations
 
 import numpy as np
 
+from rlx.episode import Episode, Row
 from rlx.errors import ServiceError
 from rlx.rollout.worker import Worker
-from rlx.wire import Completion, GroupRequest
+from rlx.wire import Completion, GroupRequest, Sampling
 
 _FINISHED = ("stop", "length")
 
 
-async def single_turn(worker: Worker, request: GroupRequest) -> list[Completion]:
-    """`request.num_generations` completions by one worker; ServiceError naming it when they break the contract."""
-    completions = await worker.generate(request.key, request.prompt_ids, request.num_generations, request.sampling)
-    if len(completions) != request.num_generations:
+class SingleTurn:
+    """One request for the whole group; each completion is an episode of one row."""
+
+    own_reward = False
+
+    async def start(self) -> None: ...
+
+    async def run(self, worker: Worker, request: GroupRequest) -> list[Episode]:
+        n = request.num_generations
+        completions = await sample(worker, request.key, request.prompt_ids, n, request.sampling)
+        return [
+            Episode(
+                rows=(Row(c.ids, c.logprobs, c.versions),),
+                text=c.text,
+                status="truncated" if c.finish_reason == "length" else "ok",
+            )
+            for c in completions
+        ]
+
+    async def close(self) -> None: ...
+
+
+async def sample(
+    worker: Worker, request_id: str, prompt_ids: np.ndarray, n: int, sampling: Sampling
+) -> list[Completion]:
+    """`n` completions by one worker; ServiceError naming it when they break the contract."""
+    completions = await worker.generate(request_id, prompt_ids, n, sampling)
+    if len(completions) != n:
         raise ServiceError(
-            f"worker {worker.name} returned {len(completions)} completions for group {request.key!r}, "
-            f"{request.num_generations} were asked for"
+            f"worker {worker.name} returned {len(completions)} completions for {request_id!r}, {n} were asked for"
         )
     for index, completion in enumerate(completions):
         if wrong := _what_is_wrong(completion):
-            raise ServiceError(f"worker {worker.name}, group {request.key!r}, completion {index}: {wrong}")
+            raise ServiceError(f"worker {worker.name}, {request_id!r}, completion {index}: {wrong}")
     return completions
 
 

@@ -23,7 +23,7 @@ from rlx.config import Config, Plan, load_config, make_plan, parse_overrides
 from rlx.errors import RlxError
 from rlx.learner.checkpoints import find_resume_point, save_final
 from rlx.learner.data import Prompt, PromptSet, load_prompts
-from rlx.learner.model import load_model, load_tokenizer, rollout_dtype, saved_dtype
+from rlx.learner.model import load_model, rollout_dtype, saved_dtype
 from rlx.learner.progress import ProgressReport
 from rlx.learner.publish import Publisher
 from rlx.learner.ranks import Ranks
@@ -34,6 +34,7 @@ from rlx.learner.trainer import GRPOTrainer, StepClock, training_arguments
 from rlx.processes import die_with_parent
 from rlx.rollout.auth import service_token
 from rlx.rollout.client import MAX_IN_FLIGHT, ClientTimeouts, RolloutClient
+from rlx.tokenizer import load_tokenizer
 from rlx.wire import GroupResult
 
 PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "soft_wrap": True}

@@ -1,34 +1,12 @@
-"""The model and tokenizer to train, from a local folder or the hub."""
+"""The model to train, from a local folder or the hub."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from rlx.config import Config
-from rlx.errors import ModelError
-from rlx.hub import located
-
-
-def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
-    """The tokenizer of `tokenizer_config` or `base_model`, with `chat_template_jinja` in place."""
-    key = "tokenizer_config" if config.tokenizer_config else "base_model"
-    name = located(config, key)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            name, revision=config.revision_of_model, trust_remote_code=config.trust_remote_code
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise _unusable(config, key, name, error) from error
-    if config.chat_template_jinja is not None:
-        template = Path(config.local(config.chat_template_jinja))
-        is_file = len(config.chat_template_jinja) < 256 and template.is_file()
-        tokenizer.chat_template = template.read_text() if is_file else config.chat_template_jinja
-    if tokenizer.eos_token_id is None:
-        raise ModelError(f"{config.path}: {key}: the tokenizer of {name!r} has no end-of-sequence token.")
-    return tokenizer
+from rlx.hub import located, unusable
 
 
 def load_model(config: Config) -> PreTrainedModel:
@@ -43,7 +21,7 @@ def load_model(config: Config) -> PreTrainedModel:
             attn_implementation=config.attention,
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise _unusable(config, "base_model", name, error) from error
+        raise unusable(config, "base_model", name, error) from error
     model.config.use_cache = False
     if config.trl.disable_dropout:
         for module in model.modules():
@@ -70,15 +48,3 @@ def rollout_dtype(config: Config) -> torch.dtype:
     saved = saved_dtype(config)
     # vLLM, too, loads float32 checkpoints as float16 or bfloat16 for `auto`; bfloat16 is what it takes on a CPU.
     return torch.bfloat16 if saved == torch.float32 else saved
-
-
-def _unusable(config: Config, key: str, name: str, error: Exception) -> ModelError:
-    lines = str(error).strip().splitlines()
-    if Path(name).is_dir():
-        return ModelError(
-            f"{config.path}: {key}: the model in {name} cannot be loaded: {lines[0] if lines else error!r}"
-        )
-    return ModelError(
-        f"{config.path}: {key}: {name!r} is no local folder, and the hub could not give it: {lines[0] if lines else error!r} "
-        "Check the name and the network, log in with `hf auth login` for a gated model, or name a local folder."
-    )

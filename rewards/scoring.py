@@ -9,6 +9,7 @@ Deadlines and the killing of functions that hang are the caller's.
 from __future__ import annotations
 
 import asyncio
+import copy
 import difflib
 import inspect
 import json
@@ -22,8 +23,9 @@ from typing import Any
 import numpy as np
 
 from rlx.dotted import resolve, user_traceback
+from rlx.episode import Episode
 from rlx.errors import UserCodeError
-from rlx.wire import Completion, GroupRequest, RewardOutcome
+from rlx.wire import GroupRequest, RewardOutcome
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
@@ -55,28 +57,40 @@ class Reward:
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """A group of G completions of one prompt. `columns` are the other columns of its row of the data set.
+    """A group of G completions of one prompt. `columns` are the other columns of its row of the data set,
+    `own_columns` those with a value [G] for each completion, which rollout functions add.
 
-    `completion_ids` [G][T]; `max_completion_length` in tokens; `step` is the learner's global step.
+    `completions` [G] are strings or lists of messages; `completion_ids` [G][T], what the policy sampled;
+    `max_completion_length` in tokens; `step` is the learner's global step.
     """
 
     prompt: str | list[dict[str, Any]]
-    completions: Sequence[str]
+    completions: Sequence[str | list[dict[str, Any]]]
     completion_ids: Sequence[Sequence[int]]
     columns: Mapping[str, Any] = field(default_factory=dict)
     max_completion_length: int = 0
     step: int = 0
+    own_columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
     @staticmethod
-    def of(request: GroupRequest, completions: Sequence[Completion]) -> ScoreRequest:
+    def of(request: GroupRequest, episodes: Sequence[Episode]) -> ScoreRequest:
+        names = dict.fromkeys(name for episode in episodes for name in episode.extra)
         return ScoreRequest(
             prompt=request.prompt,
-            completions=[c.text for c in completions],
-            completion_ids=[c.ids.tolist() for c in completions],
+            completions=[_completion_of(request, episode) for episode in episodes],
+            completion_ids=[[int(i) for row in e.rows for i in row.ids[row.mask]] for e in episodes],
             columns=request.columns,
             max_completion_length=request.sampling.max_tokens,
             step=request.step,
+            own_columns={name: [episode.extra.get(name) for episode in episodes] for name in names},
         )
+
+
+def _completion_of(request: GroupRequest, episode: Episode) -> str | list[dict[str, Any]]:
+    if episode.completion is not None:
+        return episode.completion
+    plain = isinstance(request.prompt, str)
+    return episode.text if plain else [{"role": "assistant", "content": episode.text}]
 
 
 @dataclass
@@ -195,13 +209,11 @@ async def _wait(result: Any) -> Any:
 def _arguments(request: ScoreRequest, log: RewardLog) -> dict[str, Any]:
     """Everything that can be asked for, by name."""
     num_completions = len(request.completions)
-    completions: list[Any] = list(request.completions)
-    if not isinstance(request.prompt, str):
-        completions = [[{"role": "assistant", "content": text}] for text in completions]
     return {
         **{name: [value] * num_completions for name, value in request.columns.items()},
+        **{name: list(values) for name, values in request.own_columns.items()},
         "prompts": [request.prompt] * num_completions,
-        "completions": completions,
+        "completions": copy.deepcopy(list(request.completions)),
         "completion_ids": [list(ids) for ids in request.completion_ids],
         "max_completion_length": request.max_completion_length,
         "trainer_state": SimpleNamespace(global_step=request.step),

@@ -90,7 +90,8 @@ class GroupStore:
 
 
 def _nbytes(result: GroupResult) -> int:
-    return sum(c.ids.nbytes + c.logprobs.nbytes + len(c.text) for c in result.completions)
+    rows = [row for episode in result.episodes for row in episode.rows]
+    return sum(row.ids.nbytes + row.logprobs.nbytes for row in rows) + sum(len(e.text) for e in result.episodes)
 
 
 def request_digest(request: GroupRequest) -> str:

@@ -1,6 +1,6 @@
 """The rollout service, without HTTP and without Ray.
 
-    GroupRequest ─► GroupStore (one task per key) ─► worker with the least in flight ─► episode: completions
+    GroupRequest ─► GroupStore (one task per key) ─► worker with the least in flight ─► episodes
                                                                  GroupResult ◄─ scorer: rewards ◄──┘
 
 Everything runs in one event loop. A group outlives the caller that submitted it; every wait has a deadline that names
@@ -21,21 +21,21 @@ from typing import Any
 import numpy as np
 
 from rlx.config.sections import ServiceSection
+from rlx.episode import Episode
 from rlx.errors import RlxError, ServiceUnavailable
 from rlx.rollout.deadline import deadline
 from rlx.rollout.fleet import Fleet, Member
 from rlx.rollout.groups import GroupStore
 from rlx.rollout.weight_updates import WeightUpdates
 from rlx.rollout.weights_store import remove_leftovers
-from rlx.rollout.worker import Scorer, Worker
-from rlx.wire import Completion, GroupRequest, GroupResult, WireError
-
-Episode = Callable[[Worker, GroupRequest], Awaitable[list[Completion]]]
-"""What makes the completions of one group on one worker; `rlx.envs.single_turn` is the plain one."""
+from rlx.rollout.worker import Episodes, Scorer, Worker
+from rlx.wire import GroupRequest, GroupResult, RewardOutcome, WireError
 
 KEPT_GROUPS, KEPT_BYTES = 4096, 2**30
 CLOSE_TIMEOUT_S = 20.0
-_REWARDS = "the reward functions"
+EPISODE_REWARD = "episode"
+"""The name of the column of rewards that the episodes themselves give."""
+_REWARDS, _EPISODES = "the reward functions", "the rollout function"
 _log = logging.getLogger(__name__)
 
 
@@ -54,7 +54,7 @@ class RolloutService:
         self,
         workers: list[Worker],
         scorer: Scorer,
-        episode: Episode,
+        episodes: Episodes,
         settings: ServiceSection,
         *,
         model: str,
@@ -63,11 +63,11 @@ class RolloutService:
         self.model = model
         self.fleet = Fleet(workers, settings)
         self.weights = WeightUpdates(self.fleet, settings)
-        self._scorer, self._episode, self._settings = scorer, episode, settings
+        self._scorer, self._episodes, self._settings = scorer, episodes, settings
         self._groups = GroupStore(KEPT_GROUPS, KEPT_BYTES)
         self._state, self._cause = "loading", ""
         self._born, self._start_timeout_s = time.monotonic(), start_timeout_s
-        self._parts = [m.name for m in self.fleet.members] + [_REWARDS]
+        self._parts = [m.name for m in self.fleet.members] + [_REWARDS, _EPISODES]
         self._up: set[str] = set()
         self._probes: list[asyncio.Task[None]] = []
 
@@ -76,7 +76,8 @@ class RolloutService:
     async def start(self, progress: Callable[[LoadProgress], None] = lambda _: None) -> None:
         """Start workers and scorer together; the first error stops the others and names its worker."""
         remove_leftovers()
-        starts = [self.fleet.start_member(m) for m in self.fleet.members] + [self._scorer.start()]
+        starts = [self.fleet.start_member(m) for m in self.fleet.members]
+        starts += [self._scorer.start(), self._episodes.start()]
         tasks = [
             asyncio.create_task(self._start_part(name, start, progress))
             for name, start in zip(self._parts, starts, strict=True)
@@ -114,14 +115,14 @@ class RolloutService:
         await asyncio.gather(*leftovers, return_exceptions=True)
         self.weights.discard()
         closes = [(m.name, m.worker.close()) for m in self.fleet.members]
-        closes.append((_REWARDS, self._scorer.close()))
+        closes += [(_EPISODES, self._episodes.close()), (_REWARDS, self._scorer.close())]
         await asyncio.gather(*(self._close_part(name, close) for name, close in closes))
 
     async def _start_part(self, name: str, start: Awaitable[None], progress: Callable[[LoadProgress], None]) -> None:
         try:
             await start
         except RlxError as error:
-            if name in str(error) or name == _REWARDS:
+            if name in str(error) or name in (_REWARDS, _EPISODES):
                 raise
             raise type(error)(f"worker {name}: {error}") from error
         self._up.add(name)
@@ -186,13 +187,15 @@ class RolloutService:
             start = time.monotonic()
             with self.fleet.assign(request.num_generations) as member:
                 waiting_for = f"worker {member.name}"
-                completions = await self._episode(member.worker, request)
+                episodes = await self._episodes.run(member.worker, request)
             generated = time.monotonic()
             waiting_for = f"{_REWARDS} (trl.reward_funcs)"
-            rewards, metrics = await self._scorer.score(request, completions)
+            rewards, metrics = await self._scorer.score(request, episodes)
+        if self._episodes.own_reward:
+            rewards.append(_own_rewards(episodes))
         return GroupResult(
             key=request.key,
-            completions=tuple(completions),
+            episodes=tuple(episodes),
             rewards=tuple(rewards),
             worker=member.name,
             generation_s=generated - start,
@@ -240,6 +243,12 @@ async def _hold_while_streaming(
             if line is None:
                 return
             yield line
+
+
+def _own_rewards(episodes: list[Episode]) -> RewardOutcome:
+    """The rewards that the episodes gave themselves; an episode that failed has none."""
+    values = [e.reward if e.scorable and e.reward is not None else np.nan for e in episodes]
+    return RewardOutcome(EPISODE_REWARD, np.array(values, dtype=np.float32), 0.0)
 
 
 def check_request(request: GroupRequest) -> None:

@@ -91,6 +91,7 @@ def sampling_params(n: int, sampling: Sampling) -> Any:
         "min_p": sampling.min_p,
         "repetition_penalty": sampling.repetition_penalty,
         "stop": list(sampling.stop) or None,
+        "seed": None if current_platform.is_cpu() else sampling.seed,
         "structured_outputs": StructuredOutputsParams(regex=sampling.regex) if sampling.regex else None,
     }
     ours = {

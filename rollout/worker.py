@@ -1,4 +1,4 @@
-"""What the service needs of its parts: rollout workers and a scorer, wherever they run.
+"""What the service needs of its parts: rollout workers, episodes and a scorer, wherever they run.
 
 `cluster/` implements both over Ray; tests use local ones around the fake engine.
 """
@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from rlx.episode import Episode
 from rlx.wire import Completion, GroupRequest, RewardOutcome, Sampling, WeightManifest
 
 
@@ -56,19 +57,36 @@ class Worker(Protocol):
     async def close(self) -> None: ...
 
 
+class Episodes(Protocol):
+    """Makes the episodes of a group: one plain reply each, or what a rollout function and its environments do."""
+
+    own_reward: bool
+    """Whether episodes may bring a reward of their own, which becomes one more column of rewards, `episode`."""
+
+    async def start(self) -> None:
+        """Load the user's function and reach its environments; UserCodeError or ConfigError with the key."""
+
+    async def run(self, worker: Worker, request: GroupRequest) -> list[Episode]:
+        """`request.num_generations` episodes on `worker`. What goes wrong within an episode is its status; raises
+        ServiceError when the worker breaks its contract, UserCodeError when too many episodes fail."""
+
+    async def close(self) -> None: ...
+
+
 class Scorer(Protocol):
-    """Runs every reward function on one whole group."""
+    """Runs every reward function on one whole group, once."""
 
     async def start(self) -> None:
         """Resolve and load every reward function; UserCodeError with the config key when one does not load."""
 
     async def score(
-        self, request: GroupRequest, completions: list[Completion]
+        self, request: GroupRequest, episodes: list[Episode]
     ) -> tuple[list[RewardOutcome], dict[str, float]]:
         """Outcomes in the order of `trl.reward_funcs`, and what the functions logged with `log_metric`.
 
-        Raises UserCodeError when a function breaks its contract, DeadlineExceeded when one does not answer in time
-        (its process is killed first).
+        Only the scorable episodes are given to the functions; the others get NaN. A function that fails gives NaN
+        and says so in its outcome; UserCodeError with the first traceback once it failed too often
+        (`rewards.reward_failure_budget`).
         """
 
     async def close(self) -> None: ...

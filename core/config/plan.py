@@ -42,7 +42,7 @@ class Plan:
 def make_plan(config: Config, num_processes: int = 1) -> Plan:
     """Solve the batch sizes for `num_processes` learner processes. Raises ConfigError when they cannot be, or when
     there is no reward to train with."""
-    if not config.trl.reward_funcs:
+    if not (config.trl.reward_funcs or config.has_episodes):
         raise ConfigError(
             f"{config.path}: trl.reward_funcs is empty: there is nothing to learn from. Name at least one function, for "
             "example `reward_funcs: [rlx.rewards.math]`."

@@ -55,8 +55,6 @@ REFUSED: dict[str, Refusal] = {
     **_refuse("save_only_model", "a checkpoint without optimizer cannot be resumed", _REMOVE),
     **_refuse("early_stopping_patience loss_watchdog_threshold loss_watchdog_patience", "it watches a supervised loss", _REMOVE),
     **_refuse("plugins", "Axolotl's plugins are not loaded", _REMOVE, (None, False, [])),
-    **_refuse("trl.rollout_func trl.environment_factory trl.tools", "rollout functions are not supported; each prompt gets one single-turn completion per generation",
-              "Remove the key.", (None, False, [], "")),
     **_refuse("trl.use_liger_loss", "Liger's fused loss is not supported", _REMOVE),
     **_refuse("trl.steps_per_generation", "each batch of rollouts is used for exactly one optimizer step",
               "Remove the key; `trl.generation_batch_size` sets the completions per step.", (None,)),
@@ -65,10 +63,11 @@ REFUSED: dict[str, Refusal] = {
     **_refuse("trl.entropy_coef trl.entropy_target trl.use_adaptive_entropy trl.entropy_coef_delta trl.entropy_coef_min trl.entropy_coef_max "
               "trl.top_entropy_quantile", "entropy terms are not supported", _REMOVE, (None, False, 0, 0.0, 1.0)),
     **_refuse("trl.off_policy_mask_threshold trl.sapo_temperature_neg trl.sapo_temperature_pos trl.vespo_k_pos trl.vespo_k_neg trl.vespo_lambda_pos "
-              "trl.vespo_lambda_neg trl.cast_lm_head_to_fp32 trl.max_tool_calling_iterations", "it is not supported", _REMOVE),
-    **_refuse("trl.use_data_producer trl.async_prefetch trl.prefetch_depth trl.vllm_sync_interval trl.streaming_partial_batch trl.reward_num_workers "
+              "trl.vespo_lambda_neg trl.cast_lm_head_to_fp32", "it is not supported", _REMOVE),
+    **_refuse("trl.use_data_producer trl.async_prefetch trl.prefetch_depth trl.vllm_sync_interval trl.streaming_partial_batch "
               "trl.replay_buffer_size trl.skip_zero_advantage_batches trl.vllm_lora_sync", "the run is synchronous: weights are published after every step",
               _REMOVE, (None, False, 0)),
+    **_refuse("trl.reward_num_workers", "rlx sets the processes per reward function elsewhere", "Write `rewards: {workers: N}`.", (None, 0)),
     **_refuse("vllm.enable_reasoning vllm.reasoning_parser vllm.device", "it does nothing in Axolotl either", _REMOVE, (None, False, "", "auto")),
     **_refuse("vllm.serve_module vllm.worker_extension_cls", "the workers are rlx's own", _REMOVE, (None, "")),
 }  # fmt: skip

@@ -10,6 +10,8 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 from rlx.config.sections import (
     ClusterSection,
     DatasetSection,
+    EnvSection,
+    EpisodesSection,
     RewardsSection,
     Section,
     ServiceSection,
@@ -28,7 +30,10 @@ class Config(Section):
     revision_of_model: str | None = Field(None, description="Revision of a hub model.")
     trust_remote_code: bool = Field(False, description="Run code that comes with the model.")
     tokenizer_config: str | None = Field(None, description="Another hub id or folder for the tokenizer.")
-    chat_template: str | None = Field(None, description="`tokenizer_default` (or nothing): the tokenizer's own.")
+    chat_template: str | None = Field(
+        None,
+        description="`tokenizer_default` (or nothing): the tokenizer's own; or a template that TRL ships, such as `qwen3_training`, which keeps earlier turns as they were.",
+    )
     chat_template_jinja: str | None = Field(
         None, description="A chat template, as Jinja text or as a file next to the YAML; replaces the tokenizer's own."
     )
@@ -61,6 +66,11 @@ class Config(Section):
     vllm: VllmSection = Field(default_factory=VllmSection, description="Rollout workers.")
     service: ServiceSection = Field(default_factory=ServiceSection, description="Deadlines of the service.")
     rewards: RewardsSection = Field(default_factory=RewardsSection, description="How rewards are run.")
+    envs: list[EnvSection] = Field(
+        default=[],
+        description="Environment servers that rollout functions reach with `ctx.env(name)`; without a rollout_func the policy plays the one that the column `environment` names, or the first.",
+    )
+    episodes: EpisodesSection = Field(default_factory=EpisodesSection, description="How episodes are run.")
     cluster: ClusterSection = Field(default_factory=ClusterSection, description="Ray.")
     # optimization
     micro_batch_size: int = Field(1, ge=1, description="Completions per process in one forward and backward.")
@@ -120,14 +130,11 @@ class Config(Section):
     def no_without_quotes_is_meant(cls, value: Any) -> Any:
         return "no" if value is False else value  # YAML 1.1 reads `no` as false
 
-    @field_validator("chat_template")
-    @classmethod
-    def templates_come_from_the_tokenizer(cls, value: str | None) -> str | None:
-        if value not in (None, "tokenizer_default"):
-            raise ValueError(
-                f"rlx ships no template named {value!r}; remove the key to use the tokenizer's own, or give the text in chat_template_jinja"
-            )
-        return value
+    @model_validator(mode="after")
+    def one_chat_template(self) -> Config:
+        if self.chat_template not in (None, "tokenizer_default") and self.chat_template_jinja is not None:
+            raise ValueError("chat_template and chat_template_jinja are both given; keep one")
+        return self
 
     @model_validator(mode="after")
     def save_either_by_steps_or_per_epoch(self) -> Config:
@@ -141,6 +148,26 @@ class Config(Section):
             raise ValueError("test_datasets and val_set_size are both given; keep one")
         if self.eval_steps is not None and not (self.test_datasets or self.val_set_size):
             raise ValueError("eval_steps needs test_datasets or val_set_size")
+        return self
+
+    @model_validator(mode="after")
+    def environments_have_names_of_their_own(self) -> Config:
+        names = [env.name for env in self.envs]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"envs: two entries are called {twice!r}; give each a `name` of its own")
+        return self
+
+    @model_validator(mode="after")
+    def something_gives_a_reward(self) -> Config:
+        count, given = len(self.trl.reward_funcs), len(self.trl.reward_weights or ())
+        if given > count and not self.has_episodes:
+            raise ValueError(f"trl.reward_weights has {given} values for {count} reward_funcs; write one per function")
+        unknown = sorted(set(self.rewards.functions) - set(self.trl.reward_funcs))
+        if unknown:
+            raise ValueError(
+                f"rewards.functions: {unknown[0]!r} is not in trl.reward_funcs; write a name as it stands there"
+            )
         return self
 
     @model_validator(mode="after")
@@ -161,6 +188,12 @@ class Config(Section):
                 f"raise it, or lower trl.max_prompt_length to {self.vllm.max_model_len - self.trl.max_completion_length}"
             )
         return self
+
+    @property
+    def has_episodes(self) -> bool:
+        """Whether completions come from more than one plain reply per prompt, and may bring a reward of their own."""
+        trl = self.trl
+        return bool(trl.rollout_func or trl.environment_factory or trl.tools or self.envs)
 
     @property
     def path(self) -> Path:

@@ -27,9 +27,25 @@ class TrlSection(Section):
     # rewards
     reward_funcs: list[str] = Field(
         default=[],
-        description="Reward functions by dotted name: `{file}.{fn}` next to the YAML, or installed (`rlx.rewards.math`).",
+        description="Rewards: functions by dotted name, `{file}.{fn}` next to the YAML or installed (`rlx.rewards.math`); reward models by hub id or folder; remote scorers by http(s) URL. May be empty where the episodes bring a reward of their own.",
     )
-    reward_weights: list[float] | None = Field(None, description="One weight per reward function; default 1.0 each.")
+    reward_weights: list[float] | None = Field(
+        None,
+        description="One weight per entry of reward_funcs, and one more for the episodes' own reward where there is one; default 1.0 each.",
+    )
+    # episodes
+    rollout_func: str | None = Field(
+        None,
+        description="Dotted name of a rollout function; docs/guides/rollouts.md shows the four shapes it may have. Default: one reply per prompt.",
+    )
+    environment_factory: str | dict[str, str] | None = Field(
+        None,
+        description="Dotted name of a class with `reset`, tool methods and perhaps `get_reward`, as in TRL; or several by the value of the column `environment`.",
+    )
+    tools: list[str] = Field(default=[], description="Dotted names of functions that the model may call.")
+    max_tool_calling_iterations: int | None = Field(
+        None, ge=1, description="Turns with tool calls per episode; default: until max_completion_length is used up."
+    )
     # generation
     num_generations: int = Field(8, ge=2, description="Completions per prompt, the size G of a group.")
     num_generations_eval: int = Field(1, ge=1, description="Completions per prompt in an evaluation.")
@@ -134,10 +150,18 @@ class TrlSection(Section):
 
     @model_validator(mode="after")
     def one_weight_per_reward(self) -> TrlSection:
-        if self.reward_weights is not None and len(self.reward_weights) != len(self.reward_funcs):
+        count = len(self.reward_funcs)
+        if self.reward_weights is not None and len(self.reward_weights) not in (count, count + 1):
             raise ValueError(
-                f"reward_weights has {len(self.reward_weights)} values for {len(self.reward_funcs)} reward_funcs; write one per function"
+                f"reward_weights has {len(self.reward_weights)} values for {count} reward_funcs; write one per function"
             )
+        return self
+
+    @model_validator(mode="after")
+    def one_way_to_make_episodes(self) -> TrlSection:
+        if self.rollout_func and (self.environment_factory or self.tools):
+            other = "environment_factory" if self.environment_factory else "tools"
+            raise ValueError(f"rollout_func and {other} are both given; a rollout function makes the whole episode")
         return self
 
     @model_validator(mode="after")
@@ -234,13 +258,94 @@ class ServiceSection(Section):
     )
 
 
+class RewardLimits(Section):
+    """One entry of `rewards.functions:`."""
+
+    timeout: float | None = Field(None, gt=0, description="Seconds that one call may take; default rewards.timeout.")
+    workers: int | None = Field(None, ge=1, description="Processes of this function; default rewards.workers.")
+
+
 class RewardsSection(Section):
     """`rewards:` how reward functions are run. rlx's own."""
 
     timeout: float = Field(
         30.0,
         gt=0,
-        description="Seconds that one call of a reward function may take; then its process is killed and the run stops with its name.",
+        description="Seconds that one call of a reward function may take; then its process is killed and replaced, and the group has no value from it.",
+    )
+    workers: int = Field(1, ge=1, description="Processes per reward function; each scores one group at a time.")
+    memory_gib: float = Field(
+        4.0, gt=0, description="GiB that a reward process may allocate; beyond, the function gets a MemoryError."
+    )
+    reward_failure_budget: float = Field(
+        0.1,
+        ge=0,
+        le=1,
+        description="Share of a function's last 200 completions that may have no value because it failed; above, the run stops with the first traceback.",
+    )
+    functions: dict[str, RewardLimits] = Field(
+        default={}, description="Other limits for single functions, by the name that reward_funcs has."
+    )
+
+
+class EpisodesSection(Section):
+    """`episodes:` how rollout functions and environments are run. rlx's own."""
+
+    timeout: float = Field(300.0, gt=0, description="Seconds that one episode may take; then it ends as `timeout`.")
+    processes: int = Field(1, ge=1, description="Processes that run the rollout functions, each many episodes at once.")
+    retries: int = Field(
+        2,
+        ge=0,
+        le=2,
+        description="Times that an episode is begun anew, with the same seed, after its environment was lost.",
+    )
+    failure_budget: float = Field(
+        0.1,
+        ge=0,
+        le=1,
+        description="Share of the last 200 episodes that may end as timeout, env_lost or aborted; above, the run stops with the first cause.",
+    )
+    stall_timeout: float = Field(
+        10.0,
+        gt=0,
+        description="Seconds that a rollout function may block its process without `await`; then the process is killed and replaced.",
+    )
+
+
+class OpenEnvSection(Section):
+    """`envs[].openenv:` an OpenEnv server, by its address, or by the command that starts it here."""
+
+    url: str | None = Field(None, description="Address of a running server, for example http://10.0.0.7:8000.")
+    command: str | list[str] | None = Field(
+        None,
+        description="Starts the server on this machine, from the folder of the YAML; `{port}` stands for the port it must listen on. It is probed, and restarted when it dies or hangs.",
+    )
+    max_sessions: int | None = Field(
+        None,
+        ge=1,
+        description="Sessions open at a time; default: as many as the server allows, found by asking.",
+    )
+    reset: dict[str, Any] = Field(default={}, description="Arguments of every reset, beside the seed.")
+    start_timeout: float = Field(60.0, gt=0, description="Seconds that the server may take to start.")
+    reset_timeout: float = Field(30.0, gt=0, description="Seconds that a reset may take.")
+    step_timeout: float = Field(30.0, gt=0, description="Seconds that a step may take.")
+    close_timeout: float = Field(5.0, gt=0, description="Seconds that closing a session may take.")
+    lease_timeout: float = Field(120.0, gt=0, description="Seconds that an episode waits for a free session.")
+
+    @model_validator(mode="after")
+    def url_or_command(self) -> OpenEnvSection:
+        if (self.url is None) == (self.command is None):
+            raise ValueError("give either `url` (a running server) or `command` (one to start here)")
+        return self
+
+
+class EnvSection(Section):
+    """One entry of `envs:`."""
+
+    name: str = Field("env", description="What `ctx.env(name)` and the column `environment` call it.")
+    openenv: OpenEnvSection = Field(description="An OpenEnv server.")
+    max_turns: int = Field(
+        16, ge=1, description="Turns of an episode where no rollout_func is given and rlx plays the environment itself."
     )
 
 

@@ -1,0 +1,55 @@
+"""The tokenizer of a run, with its chat template in place; the learner and the rollout functions use the same."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from rlx.config import Config
+from rlx.errors import ConfigError, ModelError
+from rlx.hub import located, unusable
+
+
+def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
+    """The tokenizer of `tokenizer_config` or `base_model`, with `chat_template` or `chat_template_jinja` in place."""
+    key = "tokenizer_config" if config.tokenizer_config else "base_model"
+    name = located(config, key)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=config.revision_of_model, trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise unusable(config, key, name, error) from error
+    if config.chat_template not in (None, "tokenizer_default"):
+        tokenizer.chat_template = training_template(config)
+    elif config.chat_template_jinja is not None:
+        template = Path(config.local(config.chat_template_jinja))
+        is_file = len(config.chat_template_jinja) < 256 and template.is_file()
+        tokenizer.chat_template = template.read_text() if is_file else config.chat_template_jinja
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"{config.path}: {key}: the tokenizer of {name!r} has no end-of-sequence token.")
+    return tokenizer
+
+
+def training_template(config: Config) -> str:
+    """The chat template that TRL ships under the name `chat_template`, such as `qwen3_training`."""
+    shipped = {path.stem: path for path in template_folder().glob("*.jinja")}
+    name = str(config.chat_template)
+    if name not in shipped:
+        close = difflib.get_close_matches(name, shipped, n=3, cutoff=0.3)
+        raise ConfigError(
+            f"{config.path}: chat_template: no template is called {name!r}. "
+            + (f"Close to it: {', '.join(close)}. " if close else "")
+            + "Remove the key to use the tokenizer's own, or give the text in chat_template_jinja."
+        )
+    return shipped[name].read_text()
+
+
+def template_folder() -> Path:
+    """Where TRL keeps its chat templates, found without importing it."""
+    found = importlib.util.find_spec("trl")
+    assert found is not None and found.origin is not None, "trl is a dependency"
+    return Path(found.origin).parent / "chat_templates"
