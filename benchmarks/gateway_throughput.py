@@ -75,7 +75,7 @@ def gateway(config: Config, client: RolloutClient) -> float:
     began = time.perf_counter()
     groups = client.rollouts(requests)
     seconds = time.perf_counter() - began
-    tokens = sum(c.logprobs.size for group in groups for c in group.completions)
+    tokens = sum(e.num_sampled for group in groups for e in group.episodes)
     assert tokens == GROUPS * GENERATIONS * TOKENS
     return tokens / seconds
 

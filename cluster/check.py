@@ -108,13 +108,18 @@ def _check_rewards(config: Config, row: dict[str, Any] | None, found: _Findings)
                 found.unchecked.append(f"not checked: reward {name} on a row, because there is none")
                 continue
             columns = {k: v for k, v in row.items() if k != "prompt"}
-            request = ScoreRequest(row["prompt"], ["", "42"], [[], [0]], columns, config.trl.max_completion_length)
+            said = ["", "42"] if isinstance(row["prompt"], str) else [[_reply("")], [_reply("42")]]
+            request = ScoreRequest(row["prompt"], said, [[], [0]], columns, config.trl.max_completion_length)
             values = score_group(reward, request)
             found.lines.append(
                 f"reward {name}: gives {', '.join(f'{v:g}' for v in values)} for the completions '' and '42' of the first row"
             )
         except UserCodeError as error:
             found.errors.append(error)
+
+
+def _reply(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
 
 
 def _plan_table(config: Config, num_processes: int) -> Table:

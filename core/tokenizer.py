@@ -51,5 +51,6 @@ def training_template(config: Config) -> str:
 def template_folder() -> Path:
     """Where TRL keeps its chat templates, found without importing it."""
     found = importlib.util.find_spec("trl")
-    assert found is not None and found.origin is not None, "trl is a dependency"
+    if found is None or found.origin is None:
+        raise ModelError("trl is not installed, and it holds the chat templates. Install rlx with its dependencies.")
     return Path(found.origin).parent / "chat_templates"

@@ -1,7 +1,8 @@
 """One optimizer step's samples, cut into micro-batches for every rank, and a micro-batch as tensors.
 
 Shapes: B sequences, S tokens of the longest prompt plus completion, P prompt tokens, L completion tokens,
-T trained completion tokens of all B sequences laid end to end, without padding.
+T trained completion tokens of all B sequences laid end to end, without padding. A sequence is a training row: an
+episode has one, or several where its context was rewritten.
 Not here: the forward (`logprobs.py`), the loss and its weights (`losses.py`).
 """
 
@@ -22,22 +23,37 @@ _FILLER_ID = 0
 
 @dataclass(frozen=True)
 class Sample:
-    """One completion, ready to train on. `token_weight` is what `losses.token_weights` gave for the whole step."""
+    """One training row. `token_weight` is what `losses.token_weights` gave its episode for the whole step."""
 
     prompt_ids: np.ndarray
     """int32 [P], P ≥ 1"""
     completion_ids: np.ndarray
-    """int32 [L], the end-of-sequence token included when it was sampled"""
+    """int32 [L], the end-of-sequence token included when it was sampled, and what an environment said in between"""
     sampling_logprobs: np.ndarray
     """float32 [L], of the distribution that the tokens were sampled from; NaN where unknown"""
     advantage: float
     token_weight: float
     masked: bool = False
     """Keeps its place in the batch and trains no token (a truncated completion under `mask_truncated_completions`)."""
+    sampled: np.ndarray | None = None
+    """bool [L], the tokens that the policy sampled, which alone are trained; None means all"""
+
+    @property
+    def trained(self) -> np.ndarray:
+        """Places in `completion_ids` of the trained tokens, ascending."""
+        if self.masked:
+            return np.arange(0)
+        return np.arange(len(self.completion_ids)) if self.sampled is None else np.flatnonzero(self.sampled)
 
     @property
     def num_trained(self) -> int:
-        return 0 if self.masked else len(self.completion_ids)
+        return int(self.trained.size)
+
+    @property
+    def num_forwarded(self) -> int:
+        """Tokens that the forward needs: nothing behind the last trained one."""
+        trained = self.trained
+        return len(self.prompt_ids) + (int(trained[-1]) + 1 if trained.size else 0)
 
 
 @dataclass(frozen=True)
@@ -82,7 +98,7 @@ def split(samples: Sequence[Sample], world_size: int, micro_batches: int) -> lis
             f"{len(samples)} samples cannot fill {micro_batches} micro-batches on {world_size} processes: "
             f"lower gradient_accumulation_steps or generate at least {num_slots} completions per step"
         )
-    by_length = sorted(samples, key=_num_tokens, reverse=True)
+    by_length = sorted(samples, key=lambda s: s.num_forwarded, reverse=True)
     bounds = [len(samples) * i // num_slots for i in range(num_slots + 1)]
     ranks: list[list[list[Sample]]] = [[] for _ in range(world_size)]
     padded_tokens = [0] * world_size
@@ -90,32 +106,28 @@ def split(samples: Sequence[Sample], world_size: int, micro_batches: int) -> lis
         part = by_length[start:stop]
         rank = min((r for r in range(world_size) if len(ranks[r]) < micro_batches), key=lambda r: padded_tokens[r])
         ranks[rank].append(part)
-        padded_tokens[rank] += len(part) * _num_tokens(part[0])
+        padded_tokens[rank] += len(part) * part[0].num_forwarded
     return ranks
 
 
-def _num_tokens(sample: Sample) -> int:
-    return len(sample.prompt_ids) + sample.num_trained
-
-
 def collate(samples: Sequence[Sample]) -> MicroBatch:
-    """Tensors of one micro-batch. Which tokens are trained comes from lengths alone, never from ids, so that an
+    """Tensors of one micro-batch. Which tokens are trained comes from places alone, never from ids, so that an
     end-of-sequence token is trained also where the tokenizer pads with it."""
     if any(len(s.prompt_ids) == 0 for s in samples):
         raise ValueError("a sample has an empty prompt: nothing predicts its first completion token")
-    trained = [s.num_trained for s in samples]
-    prompt_lengths = [len(s.prompt_ids) for s in samples]
-    width = max(p + n for p, n in zip(prompt_lengths, trained, strict=True))
+    places = [s.trained for s in samples]
+    lengths_B = np.array([p.size for p in places], dtype=np.int64)
+    width = max(s.num_forwarded for s in samples)
     ids_BS = np.full((len(samples), width), _FILLER_ID, dtype=np.int64)
-    for row, (sample, p, n) in enumerate(zip(samples, prompt_lengths, trained, strict=True)):
-        ids_BS[row, :p] = sample.prompt_ids
-        ids_BS[row, p : p + n] = sample.completion_ids[:n]
+    for row, sample in enumerate(samples):
+        start = len(sample.prompt_ids)
+        ids_BS[row, :start] = sample.prompt_ids
+        ids_BS[row, start : sample.num_forwarded] = sample.completion_ids[: sample.num_forwarded - start]
 
-    lengths_B = np.array(trained, dtype=np.int64)
     row_T = np.repeat(np.arange(len(samples)), lengths_B)
-    starts_B = np.cumsum(lengths_B) - lengths_B
-    col_T = np.arange(len(row_T)) - starts_B[row_T] + np.array(prompt_lengths)[row_T] - 1
-    logprobs = [s.sampling_logprobs[:n] for s, n in zip(samples, trained, strict=True)]
+    cols = [len(s.prompt_ids) + p - 1 for s, p in zip(samples, places, strict=True)]
+    col_T = np.concatenate(cols).astype(np.int64)
+    logprobs = [s.sampling_logprobs[p] for s, p in zip(samples, places, strict=True)]
     return MicroBatch(
         input_ids_BS=torch.from_numpy(ids_BS),
         lengths_B=torch.from_numpy(lengths_B),

@@ -24,7 +24,7 @@ from rlx.errors import RlxError
 from rlx.learner.checkpoints import find_resume_point, save_final
 from rlx.learner.data import Prompt, PromptSet, load_prompts
 from rlx.learner.model import load_model, rollout_dtype, saved_dtype
-from rlx.learner.progress import ProgressReport
+from rlx.learner.progress import FailureNotes, ProgressReport
 from rlx.learner.publish import Publisher
 from rlx.learner.ranks import Ranks
 from rlx.learner.report import RunFiles, evaluation_table, print_samples
@@ -68,7 +68,7 @@ def train(config: Config, num_processes: int) -> None:
     _ = arguments.device  # the library sets up the process group here
     ranks = Ranks(arguments.ddp_timeout)
 
-    rollouts, files, progress = None, None, None
+    rollouts, files, progress, notes = None, None, None, FailureNotes(console)
     if client is not None:
         files = RunFiles(Path(config.output_dir), resume.step if resume else 0)
         progress = ProgressReport(console, files)
@@ -82,6 +82,7 @@ def train(config: Config, num_processes: int) -> None:
     def make_stream(trainer: GRPOTrainer) -> RolloutStream:
         def on_step(batch: StepBatch) -> None:
             trainer.begin_step(batch)
+            notes.look(batch.groups)
             if files is not None:
                 files.samples(batch, config.samples_per_step)
                 if config.trl.log_completions and batch.step % config.logging_steps == 0:

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback
 
 from rlx.learner.report import RunFiles
+from rlx.wire import GroupResult
 
 
 class ProgressReport(TrainerCallback):
@@ -56,6 +57,33 @@ class ProgressReport(TrainerCallback):
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+class FailureNotes:
+    """Says the first failure of each reward function and each way that an episode can fail, once, with its cause."""
+
+    def __init__(self, console: Console):
+        self._console = console
+        self._said: set[str] = set()
+
+    def look(self, groups: list[GroupResult]) -> None:
+        for group in groups:
+            for reward in group.rewards:
+                if reward.outcome != "ok":
+                    self._say(
+                        f"{reward.name}: {reward.outcome}", f"{reward.failed} completions have no reward", reward.error
+                    )
+            for episode in group.episodes:
+                if not episode.scorable:
+                    self._say(f"episode {episode.status}", "it is left out of its group", episode.error)
+
+    def _say(self, what: str, consequence: str, cause: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            self._console.print(
+                f"note: {what}; {consequence}; said once, counted in metrics.jsonl. {cause}",
+                highlight=False, markup=False, soft_wrap=True,
+            )  # fmt: skip
 
 
 def summary(logs: dict[str, float]) -> str:

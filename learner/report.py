@@ -19,7 +19,7 @@ from rich.table import Table
 from rlx.learner.data import Prompt
 from rlx.learner.rollouts import Evaluation
 from rlx.learner.stream import StepBatch
-from rlx.wire import Completion, GroupResult
+from rlx.wire import GroupResult, row_json
 
 
 class RunFiles:
@@ -36,9 +36,9 @@ class RunFiles:
         self._append("metrics", {"step": step, "time": time.time(), **values})
 
     def samples(self, batch: StepBatch, count: int) -> None:
-        """The first `count` completions of a step, spread over its groups."""
+        """The first `count` episodes of a step, spread over its groups."""
         advantages = batch.advantages.advantages.tolist()
-        size = len(batch.groups[0].completions)
+        size = len(batch.groups[0].episodes)
         order = sorted(range(len(advantages)), key=lambda i: (i % size, i // size))[:count]
         for place in sorted(order):
             group = batch.groups[place // size]
@@ -49,11 +49,12 @@ class RunFiles:
         texts = [
             {
                 "prompt": prompt.prompt,
-                "completion": c.text,
+                "completion": e.text,
+                "status": e.status,
                 "rewards": {r.name: float(r.values[i]) for r in group.rewards},
             }
             for prompt, group in list(zip(prompts, groups, strict=True))[:16]
-            for i, c in enumerate(group.completions[:1])
+            for i, e in enumerate(group.episodes[:1])
         ]
         self._append("evals", {**asdict(result), "samples": texts})
 
@@ -133,19 +134,24 @@ def _keep_to(path: Path, last_step: int) -> None:
 
 
 def _sample(step: int, prompt: Prompt, group: GroupResult, index: int) -> dict[str, Any]:
-    c: Completion = group.completions[index]
+    e = group.episodes[index]
+    conversation = {} if e.completion is None else {"messages": e.completion}
     return {
         "step": step,
         "key": group.key,
         "index": index,
         "prompt": prompt.prompt,
-        "completion": c.text,
-        "completion_ids": c.ids.tolist(),
-        "logprobs": [round(float(x), 5) for x in c.logprobs],
-        "versions": c.versions,
-        "finish_reason": c.finish_reason,
+        "completion": e.text,
+        **conversation,
+        "status": e.status,
+        "turns": e.turns,
+        "exact": e.exact,
+        "rows": [row_json(row) for row in e.rows],
         "rewards": {r.name: float(r.values[index]) for r in group.rewards},
-        "extra": {column: values[index] for r in group.rewards for column, values in r.extra.items()},
+        "step_rewards": [asdict(step) for step in e.step_rewards],
+        "extra": {**e.extra, **{column: values[index] for r in group.rewards for column, values in r.extra.items()}},
+        "error": e.error,
+        "columns": dict(prompt.columns),
         "worker": group.worker,
     }
 
@@ -173,7 +179,7 @@ def print_samples(console: Console, batch: StepBatch, count: int) -> None:
         asked = prompt if isinstance(prompt, str) else prompt[-1].get("content", "")
         rewards = "  ".join(f"{r.name} {r.values[0]:.3g}" for r in group.rewards)
         console.print(
-            f"    {asked!r:.200} → {group.completions[0].text!r:.400}   {rewards}",
+            f"    {asked!r:.200} → {group.episodes[0].text!r:.400}   {rewards}",
             markup=False,
             highlight=False,
             soft_wrap=True,

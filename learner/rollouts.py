@@ -15,7 +15,7 @@ from rlx.errors import ServiceError
 from rlx.learner.advantages import weighted_rewards
 from rlx.learner.data import Prompt
 from rlx.learner.publish import Publisher
-from rlx.learner.stream import requests_of, reward_names, rewards_of
+from rlx.learner.stream import requests_of, reward_names, reward_weights_of, rewards_of
 from rlx.rollout.client import RolloutClient
 from rlx.wire import GroupResult
 
@@ -81,8 +81,8 @@ class Rollouts:
         n = self._config.trl.num_generations_eval
         groups = self._client.rollouts(requests_of(self._config, self._held_out, self._run_id, step, "eval", n))
         rewards_BF = torch.from_numpy(rewards_of(groups))
-        weights_F = torch.tensor(self._config.trl.reward_weights or [1.0] * rewards_BF.shape[1])
-        lengths = [c.ids.size for group in groups for c in group.completions]
+        weights_F = reward_weights_of(self._config, rewards_BF.numpy())
+        lengths = [episode.num_sampled for group in groups for episode in group.episodes]
         seconds = time.perf_counter() - started
         result = Evaluation(
             step=step,
@@ -100,9 +100,9 @@ class Rollouts:
     def _check_version(self, group: GroupResult) -> None:
         """In a synchronous run every token comes from the version just published."""
         expected = self._publisher.version
-        for completion in group.completions:
-            if any(version != expected for version, _ in completion.versions):
+        for episode in group.episodes:
+            if any(version != expected for version in episode.weight_versions):
                 raise ServiceError(
-                    f"worker {group.worker} sampled {group.key} with weight versions {completion.versions}, but "
+                    f"worker {group.worker} sampled {group.key} with weight versions {episode.weight_versions}, but "
                     f"{expected} was published. Is another learner using this service?"
                 )

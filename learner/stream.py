@@ -16,14 +16,16 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+import xxhash
 
 from rlx.config import Config, Plan
+from rlx.episode import Episode, Row
 from rlx.learner.advantages import Advantages, group_advantages
 from rlx.learner.batching import MicroBatch, Sample, collate, split
 from rlx.learner.data import Prompt
 from rlx.learner.losses import token_weights
 from rlx.learner.ranks import Ranks
-from rlx.wire import Completion, GroupRequest, GroupResult, Sampling
+from rlx.wire import GroupRequest, GroupResult, Sampling
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,8 @@ class StepBatch:
     """Rank 0's split of the time before training: publish, publish_pause, rollout_wait, evaluate."""
 
     @property
-    def completions(self) -> list[Completion]:
-        return [c for group in self.groups for c in group.completions]
+    def episodes(self) -> list[Episode]:
+        return [episode for group in self.groups for episode in group.episodes]
 
 
 class PromptOrder:
@@ -68,8 +70,14 @@ def reward_names(group: GroupResult) -> list[str]:
 
 
 def rewards_of(groups: list[GroupResult]) -> np.ndarray:
-    """Rewards [B, F] of all completions, group after group; NaN for None."""
+    """Rewards [B, F] of all episodes, group after group; NaN for None."""
     return np.concatenate([np.stack([r.values for r in group.rewards], axis=1) for group in groups])
+
+
+def reward_weights_of(config: Config, rewards_BF: np.ndarray) -> torch.Tensor:
+    """One weight [F] per column of rewards: `trl.reward_weights`, and 1 for the episodes' own reward without one."""
+    given = config.trl.reward_weights or []
+    return torch.tensor([*given, *[1.0] * (rewards_BF.shape[1] - len(given))])
 
 
 def sampling_of(config: Config) -> Sampling:
@@ -104,6 +112,7 @@ def requests_of(
             columns=prompt.columns,
             step=step,
             deadline_s=config.service.group_timeout,
+            seed=xxhash.xxh64_intdigest(f"{config.seed}/{label}{step}/{index}".encode()) % 2**31,
         )
         for index, prompt in enumerate(prompts)
     ]
@@ -153,28 +162,33 @@ class RolloutStream:
 
         groups = [GroupResult.decode(frame) for frame in self._ranks.from_first(fetch)]
         rewards_BF = rewards_of(groups)
-        weights = self._config.trl.reward_weights or [1.0] * rewards_BF.shape[1]
         advantages = group_advantages(
             torch.from_numpy(rewards_BF),
-            torch.tensor(weights),
+            reward_weights_of(self._config, rewards_BF),
             self._plan.num_generations,
             self._config.trl.scale_rewards,
         )
         return StepBatch(step, prompts, groups, advantages, rewards_BF, seconds)
 
     def _micro_batches(self, batch: StepBatch) -> list[MicroBatch]:
-        trl, completions = self._config.trl, batch.completions
-        cut = torch.tensor([trl.mask_truncated_completions and c.finish_reason == "length" for c in completions])
-        lengths = torch.tensor([c.ids.size for c in completions])
-        weights = token_weights(trl.loss_type, lengths, trl.max_completion_length, cut)
-        prompt_of = [
-            prompt for prompt, group in zip(batch.prompts, batch.groups, strict=True) for _ in group.completions
-        ]
+        trl, episodes = self._config.trl, batch.episodes
+        unused = torch.tensor([not e.scorable or (trl.mask_truncated_completions and e.truncated) for e in episodes])
+        lengths = torch.tensor([e.num_sampled for e in episodes])
+        weights = token_weights(trl.loss_type, lengths, trl.max_completion_length, unused)
+        prompt_of = [prompt for prompt, group in zip(batch.prompts, batch.groups, strict=True) for _ in group.episodes]
         samples = [
-            Sample(prompt.ids, c.ids, c.logprobs, float(advantage), float(weight), bool(masked))
-            for prompt, c, advantage, weight, masked in zip(
-                prompt_of, completions, batch.advantages.advantages, weights, cut, strict=True
+            Sample(
+                prompt.ids if row.prompt_ids is None else row.prompt_ids,
+                row.ids, row.logprobs, float(advantage), float(weight), bool(masked), row.mask,
             )
-        ]
+            for prompt, episode, advantage, weight, masked in zip(
+                prompt_of, episodes, batch.advantages.advantages, weights, unused, strict=True
+            )
+            for row in episode.rows or (_NO_ROW,)
+        ]  # fmt: skip
         mine = split(samples, self._ranks.size, self._plan.gradient_accumulation_steps)[self._ranks.rank]
         return [collate(samples) for samples in mine]
+
+
+_NO_ROW = Row(np.empty(0, np.int32), np.empty(0, np.float32), ())
+"""Stands for an episode that failed before it sampled anything."""

@@ -15,7 +15,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from transformers.trainer_utils import rotate_checkpoints
 
 from rlx.config import Config, Plan
+from rlx.episode import Episode, Status
 from rlx.learner.batching import MicroBatch
 from rlx.learner.logprobs import completion_logprobs
 from rlx.learner.losses import LossMetrics, LossOptions, policy_loss
@@ -203,8 +204,8 @@ class StepClock(TrainerCallback):
 
 def step_metrics(config: Config, batch: StepBatch) -> dict[str, float]:
     """What one step's rollouts looked like, by TRL's names. Lengths in tokens, times in seconds."""
-    completions, scored = batch.completions, batch.advantages
-    lengths = [c.ids.size for c in completions]
+    episodes, scored = batch.episodes, batch.advantages
+    lengths = [e.num_sampled for e in episodes]
     metrics = {
         "reward": scored.reward_mean,
         "reward_std": scored.reward_std,
@@ -212,14 +213,32 @@ def step_metrics(config: Config, batch: StepBatch) -> dict[str, float]:
         "frac_reward_none": scored.unscorable_fraction,
         "completions/mean_length": sum(lengths) / len(lengths),
         "completions/max_length": float(max(lengths)),
-        "completions/clipped_ratio": sum(c.finish_reason == "length" for c in completions) / len(completions),
+        "completions/clipped_ratio": sum(e.truncated for e in episodes) / len(episodes),
     }
     for index, name in enumerate(reward_names(batch.groups[0])):
         column = torch.from_numpy(batch.rewards_BF[:, index].copy())
         metrics[f"rewards/{name}/mean"] = column.nanmean().item()
+        metrics[f"rewards/{name}/failed"] = float(sum(group.rewards[index].failed for group in batch.groups))
+    if config.has_episodes:
+        metrics |= _episode_metrics(episodes)
     for name in dict.fromkeys(name for group in batch.groups for name in group.metrics):
         metrics[name] = _mean([group.metrics[name] for group in batch.groups if name in group.metrics])
     metrics |= {f"perf/{name}": value for name, value in batch.seconds.items()}
+    return metrics
+
+
+def _episode_metrics(episodes: list[Episode]) -> dict[str, float]:
+    """Fractions of the episodes by how they ended, means of turns and training rows, and what `ctx.metric` gave."""
+    count = len(episodes)
+    metrics = {f"episodes/{status}": sum(e.status == status for e in episodes) / count for status in get_args(Status)}
+    metrics |= {
+        "episodes/turns": sum(e.turns for e in episodes) / count,
+        "episodes/rows": sum(len(e.rows) for e in episodes) / count,
+        "episodes/exact": sum(e.exact for e in episodes) / count,
+        "episodes/retried": sum(e.attempts > 1 for e in episodes) / count,
+    }
+    for name in dict.fromkeys(name for e in episodes for name in e.metrics):
+        metrics[name] = _mean([e.metrics[name] for e in episodes if name in e.metrics])
     return metrics
 
 

@@ -16,6 +16,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -67,7 +68,12 @@ class RolloutService:
         self._groups = GroupStore(KEPT_GROUPS, KEPT_BYTES)
         self._state, self._cause = "loading", ""
         self._born, self._start_timeout_s = time.monotonic(), start_timeout_s
-        self._parts = [m.name for m in self.fleet.members] + [_REWARDS, _EPISODES]
+        self._parts: dict[str, Callable[[], Awaitable[None]]] = {
+            m.name: partial(self.fleet.start_member, m) for m in self.fleet.members
+        }
+        self._parts[_REWARDS] = scorer.start
+        if episodes.own_reward:  # plain replies have nothing to start
+            self._parts[_EPISODES] = episodes.start
         self._up: set[str] = set()
         self._probes: list[asyncio.Task[None]] = []
 
@@ -76,12 +82,7 @@ class RolloutService:
     async def start(self, progress: Callable[[LoadProgress], None] = lambda _: None) -> None:
         """Start workers and scorer together; the first error stops the others and names its worker."""
         remove_leftovers()
-        starts = [self.fleet.start_member(m) for m in self.fleet.members]
-        starts += [self._scorer.start(), self._episodes.start()]
-        tasks = [
-            asyncio.create_task(self._start_part(name, start, progress))
-            for name, start in zip(self._parts, starts, strict=True)
-        ]
+        tasks = [asyncio.create_task(self._start_part(name, start(), progress)) for name, start in self._parts.items()]
         seconds = self._start_timeout_s
         try:
             async with deadline(

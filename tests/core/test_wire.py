@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import struct
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from rlx.episode import Episode, Row, StepReward
 from rlx.wire import (
-    Completion,
     GroupRequest,
     GroupResult,
     RewardOutcome,
@@ -42,25 +43,43 @@ def token_ids(min_size: int = 0) -> st.SearchStrategy[np.ndarray]:
 
 
 @st.composite
-def completions(draw) -> Completion:
+def rows(draw) -> Row:
     counts = draw(st.lists(st.integers(1, 5), max_size=3))
     size = sum(counts)
-    return Completion(
+    return Row(
         ids=draw(arrays.arrays(np.int32, size, elements=TOKEN)),
         logprobs=draw(arrays.arrays(np.float32, size, elements=FLOATS)),
-        versions=tuple((draw(st.integers(0, 10**6)), count) for count in counts),
-        finish_reason=draw(st.sampled_from(["stop", "length", "abort"])),
-        text=draw(st.text()),
+        versions=tuple((draw(st.integers(-1, 10**6)), count) for count in counts),
+        prompt_ids=draw(st.none() | token_ids()),
     )
+
+
+EPISODES = st.builds(
+    Episode,
+    rows=st.lists(rows(), max_size=3).map(tuple),
+    text=st.text(),
+    status=st.sampled_from(["ok", "truncated", "timeout", "env_lost", "aborted"]),
+    completion=st.none() | st.text() | st.lists(st.dictionaries(st.text(), JSON, max_size=2), max_size=2),
+    reward=st.none() | FINITE,
+    step_rewards=st.lists(st.builds(StepReward, FINITE, st.text(), st.none() | st.integers(0, 9)), max_size=3).map(
+        tuple
+    ),
+    extra=st.dictionaries(st.text(), JSON, max_size=2),
+    metrics=st.dictionaries(st.text(), FINITE, max_size=2),
+    turns=st.integers(0, 99),
+    attempts=st.integers(1, 3),
+    exact=st.booleans(),
+    error=st.text(),
+)
 
 
 @st.composite
 def results(draw) -> GroupResult:
-    sampled = draw(st.lists(completions(), min_size=1, max_size=4))
+    sampled = draw(st.lists(EPISODES, min_size=1, max_size=4))
     rewards = draw(st.lists(st.tuples(st.text(), SECONDS), max_size=3))
     return GroupResult(
         key=draw(st.text()),
-        completions=tuple(sampled),
+        episodes=tuple(sampled),
         rewards=tuple(
             RewardOutcome(
                 name,
@@ -69,6 +88,9 @@ def results(draw) -> GroupResult:
                 draw(
                     st.dictionaries(st.text(), st.lists(JSON, min_size=len(sampled), max_size=len(sampled)), max_size=2)
                 ),
+                draw(st.sampled_from(["ok", "exception", "timeout", "crash", "invalid"])),
+                draw(st.integers(0, 4)),
+                draw(st.text()),
             )
             for name, seconds in rewards
         ),
@@ -91,24 +113,31 @@ REQUESTS = st.builds(
         temperature=FINITE,
         top_k=st.integers(0, 1000),
         stop=st.lists(st.text(), max_size=3).map(tuple),
+        seed=st.none() | st.integers(0, 2**31),
         regex=st.none() | st.text(),
         extra=st.dictionaries(st.text(), JSON, max_size=2),
     ),
     columns=st.dictionaries(st.text(), JSON, max_size=3),
     step=st.integers(0, 10**9),
     deadline_s=SECONDS,
+    seed=st.integers(0, 2**31),
 )
 
 
 def same_result(a: GroupResult, b: GroupResult) -> None:
-    for x, y in zip(a.completions, b.completions, strict=True):
-        np.testing.assert_array_equal(x.ids, y.ids)
-        np.testing.assert_array_equal(x.logprobs, y.logprobs)
-        assert (x.versions, x.finish_reason, x.text) == (y.versions, y.finish_reason, y.text)
-    for p, q in zip(a.rewards, b.rewards, strict=True):
-        np.testing.assert_array_equal(p.values, q.values)
-        assert p.extra == q.extra
-        assert (p.name, p.seconds) == (q.name, q.seconds)
+    for x, y in zip(a.episodes, b.episodes, strict=True):
+        assert replace(x, rows=()) == replace(y, rows=())
+        for p, q in zip(x.rows, y.rows, strict=True):
+            np.testing.assert_array_equal(p.ids, q.ids)
+            np.testing.assert_array_equal(p.logprobs, q.logprobs)
+            assert p.versions == q.versions
+            assert (p.prompt_ids is None) == (q.prompt_ids is None)
+            np.testing.assert_array_equal(p.prompt_ids, q.prompt_ids)
+    for r, t in zip(a.rewards, b.rewards, strict=True):
+        np.testing.assert_array_equal(r.values, t.values)
+        assert (r.name, r.seconds, r.extra, r.outcome, r.failed, r.error) == (
+            t.name, t.seconds, t.extra, t.outcome, t.failed, t.error,
+        )  # fmt: skip
     assert (a.key, a.worker, a.generation_s, a.reward_s, a.metrics) == (
         b.key, b.worker, b.generation_s, b.reward_s, b.metrics,
     )  # fmt: skip
@@ -125,7 +154,7 @@ def only_a_wire_error(decode, data: bytes) -> None:
 def test_a_request_comes_back_as_it_was(request):
     back = GroupRequest.decode(request.encode())
     np.testing.assert_array_equal(back.prompt_ids, request.prompt_ids)
-    fields = ("key", "prompt", "num_generations", "sampling", "columns", "step", "deadline_s")
+    fields = ("key", "prompt", "num_generations", "sampling", "columns", "step", "deadline_s", "seed")
     assert [getattr(back, name) for name in fields] == [getattr(request, name) for name in fields]
 
 
@@ -209,18 +238,18 @@ def test_a_prompt_id_that_is_no_int32_is_a_wire_error(bad):
 
 def test_a_thousand_tokens_cost_eight_bytes_each_and_the_arrays_are_views():
     size = 1000
-    completion = Completion(np.arange(size, dtype=np.int32), np.zeros(size, np.float32), ((1, size),), "stop", "")
-    frame = GroupResult("k", (completion,), (), "w", 0.0, 0.0).encode()
+    row = Row(np.arange(size, dtype=np.int32), np.zeros(size, np.float32), ((1, size),))
+    frame = GroupResult("k", (Episode((row,), ""),), (), "w", 0.0, 0.0).encode()
     assert len(frame) < 8 * size + 300
-    back = GroupResult.decode(frame).completions[0].ids
+    back = GroupResult.decode(frame).episodes[0].rows[0].ids
     assert not back.flags.owndata
     assert not back.flags.writeable
 
 
 def test_versions_that_do_not_partition_the_tokens_are_a_wire_error():
-    completion = Completion(np.array([1, 2], np.int32), np.zeros(2, np.float32), ((1, 1),), "stop", "")
+    row = Row(np.array([1, 2], np.int32), np.zeros(2, np.float32), ((1, 1),))
     with pytest.raises(WireError, match="partition"):
-        GroupResult.decode(GroupResult("k", (completion,), (), "w", 0.0, 0.0).encode())
+        GroupResult.decode(GroupResult("k", (Episode((row,), ""),), (), "w", 0.0, 0.0).encode())
 
 
 @pytest.mark.parametrize("array", [np.zeros(2, np.float64), np.zeros((2, 2), np.int32), np.array(3, np.int32)])
@@ -232,3 +261,11 @@ def test_a_block_of_another_kind_is_not_encoded(array):
 def test_a_manifest_comes_back_as_it_was_through_json():
     manifest = WeightManifest(3, 8, "00ff", (TensorSpec("w", "F32", (2, 1)), TensorSpec("s", "BF16", ())))
     assert WeightManifest.from_json(json.loads(json.dumps(manifest.to_json()))) == manifest
+
+
+def test_the_mask_marks_what_has_a_version():
+    row = Row(np.arange(6, dtype=np.int32), np.zeros(6, np.float32), ((4, 2), (-1, 3), (5, 1)))
+    assert row.mask.tolist() == [True, True, False, False, False, True]
+    assert row.num_sampled == 3
+    assert Episode((row, row), "").num_sampled == 6
+    assert Episode((row,), "").weight_versions == (4, 5)

@@ -81,7 +81,7 @@ def sequences_of(trained: Trained) -> list[Sequence]:
     """Prompts and completions of the last step, as token ids."""
     tokenizer = AutoTokenizer.from_pretrained(trained.out)
     return [
-        (tokenizer.apply_chat_template(s["prompt"], add_generation_prompt=True)["input_ids"], s["completion_ids"])
+        (tokenizer.apply_chat_template(s["prompt"], add_generation_prompt=True)["input_ids"], s["rows"][0]["ids"])
         for s in read_rows(trained.out / "samples.jsonl")[-8:]
     ]
 
@@ -113,7 +113,7 @@ def test_workers_of_a_tied_model_have_the_trained_weights(trained):
 def test_every_sample_carries_the_version_published_for_its_step(trained):
     samples = read_rows(trained.out / "samples.jsonl")
     assert {s["step"] for s in samples} == set(range(1, STEPS + 1))
-    assert all(s["versions"] == [[s["step"], len(s["completion_ids"])]] for s in samples)
+    assert all(s["rows"][0]["versions"] == [[s["step"], len(s["rows"][0]["ids"])]] for s in samples)
     assert [e["weight_version"] for e in read_rows(trained.out / "evals.jsonl")] == [1, STEPS + 1]
 
 
@@ -133,7 +133,7 @@ def test_the_shuffled_reward_teaches_nothing(trained, tmp_path):
     # Without a signal the policy drifts at this learning rate: -0.05 ± 0.09 in eight runs, where the reward gives +0.39.
     assert after - before < 0.5 * (taught_after - taught_before)
     first = read_rows(tmp_path / "shuffled" / "samples.jsonl")[0]
-    assert first["versions"][0][0] > STEPS + 1
+    assert first["rows"][0]["versions"][0][0] > STEPS + 1
     assert not list((tmp_path / "shuffled").glob("checkpoint-*"))
 
 
@@ -169,7 +169,7 @@ def test_a_resumed_run_goes_on_at_its_step_and_publishes_before_any_rollout(trai
     saved = json.loads((trained.out / f"checkpoint-{STEPS + 3}" / "rlx_state.json").read_text())
     assert saved["weight_version"] > STEPS + 1  # the last step before published STEPS
     assert [row["step"] for row in read_rows(trained.out / "metrics.jsonl")] == list(range(1, STEPS + 4))
-    versions = [(s["step"], s["versions"][0][0]) for s in read_rows(trained.out / "samples.jsonl")]
+    versions = [(s["step"], s["rows"][0]["versions"][0][0]) for s in read_rows(trained.out / "samples.jsonl")]
     assert versions == sorted(versions)
     assert {version for step, version in versions if step > STEPS} == {STEPS + 1, STEPS + 2, STEPS + 3}
     before, after = (

@@ -27,7 +27,7 @@ def test_workers_of_an_untied_model_have_the_trained_weights(llama, tmp_path):
         assert difference(client, llama.model, sequences) > 4 * TOLERANCE  # what a skipped sync would give
         assert client.workers()["weight_version"] == first + 5
     samples = read_rows(tmp_path / "samples.jsonl")
-    assert all(s["versions"] == [[first + s["step"] - 1, len(s["completion_ids"])]] for s in samples)
+    assert all(s["rows"][0]["versions"] == [[first + s["step"] - 1, len(s["rows"][0]["ids"])]] for s in samples)
     assert AutoModelForCausalLM.from_pretrained(tmp_path).config.tie_word_embeddings is False
     assert AutoTokenizer.from_pretrained(tmp_path)("a")["input_ids"] == AutoTokenizer.from_pretrained(llama.model)("a")["input_ids"]  # fmt: skip
     assert not list(tmp_path.glob("checkpoint-*"))

@@ -19,7 +19,8 @@ from tiny_models import make_tiny_model
 
 from rlx.config import Config, load_config
 from rlx.config.sections import ServiceSection
-from rlx.envs.single_turn import single_turn
+from rlx.envs.single_turn import SingleTurn
+from rlx.episode import Episode
 from rlx.rollout.app import create_app
 from rlx.rollout.gateway import bind, serving
 from rlx.rollout.manifest import fingerprint
@@ -86,15 +87,13 @@ class ScriptedWorker:
     async def close(self) -> None: ...
 
 
-Score = Callable[[GroupRequest, list[Completion]], tuple[dict[str, list[float]], dict[str, float]]]
+Score = Callable[[GroupRequest, list[Episode]], tuple[dict[str, list[float]], dict[str, float]]]
 """Rewards by function name, NaN for None, and logged metrics; may raise."""
 
 
-def length_reward(
-    request: GroupRequest, completions: list[Completion]
-) -> tuple[dict[str, list[float]], dict[str, float]]:
+def length_reward(request: GroupRequest, episodes: list[Episode]) -> tuple[dict[str, list[float]], dict[str, float]]:
     """Tokens / 10."""
-    return {"rewards.length": [c.ids.size / 10 for c in completions]}, {}
+    return {"rewards.length": [e.num_sampled / 10 for e in episodes]}, {}
 
 
 class ScriptedScorer:
@@ -104,9 +103,9 @@ class ScriptedScorer:
     async def start(self) -> None: ...
 
     async def score(
-        self, request: GroupRequest, completions: list[Completion]
+        self, request: GroupRequest, episodes: list[Episode]
     ) -> tuple[list[RewardOutcome], dict[str, float]]:
-        values, metrics = self._score(request, completions)
+        values, metrics = self._score(request, episodes)
         return [RewardOutcome(name, np.array(v, np.float32), 0.001) for name, v in values.items()], metrics
 
     async def close(self) -> None: ...
@@ -134,7 +133,7 @@ def serve(score: Score = length_reward, version: int = 0, finish_reason: str = "
         loop, over = asyncio.get_running_loop(), asyncio.Event()
         settings = ServiceSection(group_timeout=30, publish_timeout=30, drain_timeout=1)
         scorer = ScriptedScorer(score)
-        service = RolloutService([served.worker], scorer, single_turn, settings, model="tiny", start_timeout_s=30)
+        service = RolloutService([served.worker], scorer, SingleTurn(), settings, model="tiny", start_timeout_s=30)
         await service.start()
         listener = bind("127.0.0.1", 0)
         served.port = listener.getsockname()[1]

@@ -11,7 +11,8 @@ from tiny_models import make_tiny_tokenizer
 from rlx.config import Config, load_config
 from rlx.errors import ConfigError, DatasetError, UserCodeError
 from rlx.learner.data import load_prompts
-from rlx.learner.model import load_model, load_tokenizer
+from rlx.learner.model import load_model
+from rlx.tokenizer import load_tokenizer
 
 ROWS = [{"question": f"{a}+{b}=", "answer": str(a + b)} for a in range(4) for b in range(4)]
 

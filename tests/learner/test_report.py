@@ -11,18 +11,19 @@ from fake_service import lines
 from PIL import Image
 from rich.console import Console
 
+from rlx.episode import Episode, Row
 from rlx.learner.data import Prompt
 from rlx.learner.progress import summary
 from rlx.learner.report import RunFiles, evaluation_table
 from rlx.learner.rollouts import Evaluation
-from rlx.wire import Completion, GroupResult, RewardOutcome
+from rlx.wire import GroupResult, RewardOutcome
 
 PROMPTS = [Prompt([{"role": "user", "content": "1 + 1 = “?”"}], np.array([1], np.int32), {})]
 
 
 def group(reward: float) -> GroupResult:
-    completion = Completion(np.array([1], np.int32), np.array([-0.5], np.float32), ((1, 1),), "stop", "zwei → 2")
-    return GroupResult("k", (completion,), (RewardOutcome("m.r", np.array([reward], np.float32), 0.1),), "w", 0.1, 0.1)
+    episode = Episode((Row(np.array([1], np.int32), np.array([-0.5], np.float32), ((1, 1),)),), "zwei → 2")
+    return GroupResult("k", (episode,), (RewardOutcome("m.r", np.array([reward], np.float32), 0.1),), "w", 0.1, 0.1)
 
 
 def evaluation(step: int, reward: float, length: float = 5.0) -> Evaluation:
@@ -42,7 +43,9 @@ def test_what_is_no_number_is_null_and_text_stays_readable(tmp_path: Path) -> No
     [metrics], [record] = lines(tmp_path / "metrics.jsonl"), lines(tmp_path / "evals.jsonl")
     assert (metrics["reward"], metrics["grad_norm"], metrics["loss"]) == (None, None, 0.5)
     assert (record["reward"], record["rewards"]) == (None, {"r": None, "other": None})
-    assert record["samples"] == [{"prompt": PROMPTS[0].prompt, "completion": "zwei → 2", "rewards": {"m.r": None}}]
+    assert record["samples"] == [
+        {"prompt": PROMPTS[0].prompt, "completion": "zwei → 2", "status": "ok", "rewards": {"m.r": None}}
+    ]
     assert "“?”" in (tmp_path / "evals.jsonl").read_text(encoding="utf-8")
 
 

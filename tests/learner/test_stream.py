@@ -11,11 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlx.config import Config, make_plan
+from rlx.episode import Episode, Row
 from rlx.errors import ServiceError
 from rlx.learner.data import Prompt
 from rlx.learner.ranks import Ranks
-from rlx.learner.stream import PromptOrder, RolloutStream, StepBatch, requests_of, sampling_of
-from rlx.wire import Completion, GroupResult, RewardOutcome
+from rlx.learner.stream import PromptOrder, RolloutStream, StepBatch, requests_of, reward_weights_of, sampling_of
+from rlx.wire import GroupResult, RewardOutcome
 
 
 @given(
@@ -54,10 +55,12 @@ def config(**trl: object) -> Config:
 
 
 def group(key: str, rewards: list[float], lengths: list[int], finish: str = "stop") -> GroupResult:
-    completions = tuple(
-        Completion(np.arange(n, dtype=np.int32), np.full(n, -0.5, np.float32), ((1, n),), finish, "x") for n in lengths
+    status = "truncated" if finish == "length" else "ok"
+    episodes = tuple(
+        Episode((Row(np.arange(n, dtype=np.int32), np.full(n, -0.5, np.float32), ((1, n),)),), "x", status)
+        for n in lengths
     )
-    return GroupResult(key, completions, (RewardOutcome("r", np.array(rewards, np.float32), 0.1),), "w", 0.1, 0.1)
+    return GroupResult(key, episodes, (RewardOutcome("r", np.array(rewards, np.float32), 0.1),), "w", 0.1, 0.1)
 
 
 def make_stream(settings: Config, fetch, on_step=lambda batch: None, steps: int = 2) -> RolloutStream:
@@ -89,6 +92,54 @@ def test_truncated_completions_can_be_left_out_of_the_loss():
     settings = config(mask_truncated_completions=True)
     stream = make_stream(settings, lambda s, p: ([group("0", [1.0, 0, 0, 1], [8, 8, 8, 8], "length")], {}), steps=1)
     assert sum(item["micro_batch"].lengths_B.sum().item() for item in stream) == 0
+
+
+def row(*versions: tuple[int, int], prompt: list[int] | None = None) -> Row:
+    size = sum(n for _, n in versions)
+    ids = np.arange(10, 10 + size, dtype=np.int32)
+    return Row(ids, -ids.astype(np.float32), versions, None if prompt is None else np.array(prompt, np.int32))
+
+
+def test_every_row_of_an_episode_trains_its_sampled_tokens_with_the_episodes_advantage():
+    two_turns = Episode((row((1, 2), (-1, 3), (1, 1), (-1, 4)),), "")
+    two_rows = Episode((row((1, 3)), row((2, 2), prompt=[7])), "")
+    lost = Episode((row((1, 5)),), "", "env_lost")
+    never_began = Episode((), "", "aborted")
+    rewards = RewardOutcome("r", np.array([1, 0, np.nan, np.nan], np.float32), 0.1)
+    result = GroupResult("k", (two_turns, two_rows, lost, never_began), (rewards,), "w", 0.1, 0.1)
+    settings = config(loss_type="grpo", scale_rewards="none")
+    batches = [item["micro_batch"] for item in make_stream(settings, lambda s, p: ([result], {}), steps=1)]
+
+    trained = {}
+    for b in batches:
+        for i, n in enumerate(b.lengths_B.tolist()):
+            at = b.row_T == i
+            key = tuple(b.target_ids_T[at].tolist())
+            trained[key] = (b.advantages_T[at].tolist(), b.weights_T[at].tolist(), b.sampling_logprobs_T[at].tolist())
+            assert len(key) == n
+    assert set(trained) == {(10, 11, 15), (10, 11, 12), (10, 11), ()}
+    assert trained[10, 11, 15] == ([0.5] * 3, pytest.approx([1 / 12] * 3), [-10, -11, -15])
+    assert trained[10, 11, 12] == ([-0.5] * 3, pytest.approx([1 / 20] * 3), [-10, -11, -12])
+    assert trained[10, 11] == ([-0.5] * 2, pytest.approx([1 / 20] * 2), [-10, -11])
+    prompts = {tuple(b.input_ids_BS[i, :1].tolist()) for b in batches for i in range(len(b.lengths_B))}
+    assert prompts == {(1,), (7,)}
+    width = max(b.input_ids_BS.shape[1] for b in batches)
+    assert width == 3 + 6, "what follows the last trained token is not forwarded"
+
+
+def test_the_environments_seed_is_the_groups_and_the_same_in_every_run():
+    prompts = [Prompt("p", np.array([1], np.int32), {})] * 3
+    seeds = [[r.seed for r in requests_of(config(), prompts, run, 4, "", 4)] for run in ("a", "b")]
+    assert seeds[0] == seeds[1]
+    assert len(set(seeds[0])) == 3
+    assert seeds[0] != [r.seed for r in requests_of(config(), prompts, "a", 5, "", 4)]
+
+
+def test_the_episodes_own_reward_weighs_one_unless_it_has_a_weight():
+    values = np.zeros((4, 2), np.float32)
+    assert reward_weights_of(config(reward_weights=[0.5]), values).tolist() == [0.5, 1.0]
+    weights = config(reward_weights=[0.5, 2.0], tools=["a.b"])
+    assert reward_weights_of(weights, values).tolist() == [0.5, 2.0]
 
 
 def test_the_error_of_the_service_ends_the_stream_unchanged():

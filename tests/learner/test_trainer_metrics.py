@@ -13,9 +13,10 @@ from PIL import Image
 from transformers import TrainingArguments
 
 from rlx.config import Config, make_plan
+from rlx.episode import Episode
 from rlx.learner.main import train
 from rlx.learner.trainer import training_arguments
-from rlx.wire import Completion, GroupRequest
+from rlx.wire import GroupRequest
 
 Rewards = tuple[dict[str, list[float]], dict[str, float]]
 
@@ -30,7 +31,7 @@ def test_metrics_samples_and_evaluations_are_what_the_rollouts_were(tmp_path: Pa
     assert [r["step"] for r in metrics] == [1, 2]
     for record in metrics:
         of_step = [s for s in samples if s["step"] == record["step"]]
-        lengths = np.array([len(s["completion_ids"]) for s in of_step])
+        lengths = np.array([len(s["rows"][0]["ids"]) for s in of_step])
         rewards = np.array([s["rewards"]["rewards.length"] for s in of_step])
         assert len(of_step) == 8
         assert rewards == pytest.approx(lengths / 10)
@@ -44,13 +45,15 @@ def test_metrics_samples_and_evaluations_are_what_the_rollouts_were(tmp_path: Pa
         assert [s["advantage"] for s in of_step] == pytest.approx(expected.flatten(), abs=1e-4)
         gap = record["sampling/sampling_logp_difference/mean"]
         assert 0 < gap < record["sampling/sampling_logp_difference/max"]
-        assert {tuple(map(tuple, s["versions"])) for s in of_step} == {((record["step"], n),) for n in lengths}
+        assert {tuple(map(tuple, s["rows"][0]["versions"])) for s in of_step} == {
+            ((record["step"], n),) for n in lengths
+        }
         parts = [record[f"perf/{name}_s"] for name in ("rollout_wait", "fwd_bwd", "weight_sync")]
         assert all(part > 0 for part in parts)
         assert sum(parts) <= record["perf/step_s"]
         assert record["perf/weight_sync_pause_s"] <= record["perf/weight_sync_s"]
     assert [s["completion"] for s in samples] == [
-        bytes(i for i in s["completion_ids"] if i < 256).decode() for s in samples
+        bytes(i for i in s["rows"][0]["ids"] if i < 256).decode() for s in samples
     ]
     assert [(e["step"], e["weight_version"], e["num_prompts"]) for e in evals] == [(0, 1, 3), (2, 3, 3)]
     for record in evals:
@@ -78,8 +81,8 @@ def test_metrics_samples_and_evaluations_are_what_the_rollouts_were(tmp_path: Pa
 def test_none_rewards_touch_neither_the_baseline_nor_the_json(tmp_path: Path) -> None:
     """The first completion of each group has no `hard` reward, and the first group logs a metric that others do not."""
 
-    def score(request: GroupRequest, completions: list[Completion]) -> Rewards:
-        easy = [float(i) for i in range(len(completions))]
+    def score(request: GroupRequest, episodes: list[Episode]) -> Rewards:
+        easy = [float(i) for i in range(len(episodes))]
         return {"a.easy": easy, "a.hard": [math.nan, *easy[1:]]}, {"tries": 2.0} if request.key.endswith("1") else {}
 
     path = write_run(tmp_path, max_steps=1, trl={"reward_funcs": ["a.easy", "a.hard"], "reward_weights": [1, 0.5]})
@@ -100,8 +103,8 @@ def test_none_rewards_touch_neither_the_baseline_nor_the_json(tmp_path: Path) ->
 
 
 def test_a_completion_without_any_reward_leaves_the_others_as_they_were(tmp_path: Path) -> None:
-    def score(request: GroupRequest, completions: list[Completion]) -> Rewards:
-        return {"a.r": [math.nan, *map(float, range(len(completions) - 1))]}, {}
+    def score(request: GroupRequest, episodes: list[Episode]) -> Rewards:
+        return {"a.r": [math.nan, *map(float, range(len(episodes) - 1))]}, {}
 
     path = write_run(tmp_path, max_steps=1, test_datasets=None)
     with serve(score) as served:
@@ -114,10 +117,10 @@ def test_a_completion_without_any_reward_leaves_the_others_as_they_were(tmp_path
 
 
 def test_a_step_without_any_reward_trains_nothing_and_says_so(tmp_path: Path, capsys) -> None:
-    def score(request: GroupRequest, completions: list[Completion]) -> Rewards:
+    def score(request: GroupRequest, episodes: list[Episode]) -> Rewards:
         if request.step == 0 or place(request.key).startswith("eval"):
-            return {"rewards.length": [math.nan] * len(completions)}, {}
-        return length_reward(request, completions)
+            return {"rewards.length": [math.nan] * len(episodes)}, {}
+        return length_reward(request, episodes)
 
     path = write_run(tmp_path, max_steps=2, logging_steps=1)
     with serve(score) as served, warnings.catch_warnings():
@@ -137,8 +140,8 @@ def test_a_step_without_any_reward_trains_nothing_and_says_so(tmp_path: Path, ca
 
 
 def test_a_log_over_several_steps_is_the_mean_of_those_that_had_rewards(tmp_path: Path) -> None:
-    def score(request: GroupRequest, completions: list[Completion]) -> Rewards:
-        return {"a.r": [math.nan if request.step == 0 else float(request.step)] * len(completions)}, {}
+    def score(request: GroupRequest, episodes: list[Episode]) -> Rewards:
+        return {"a.r": [math.nan if request.step == 0 else float(request.step)] * len(episodes)}, {}
 
     path = write_run(tmp_path, max_steps=3, logging_steps=3, test_datasets=None)
     with serve(score) as served:

@@ -15,9 +15,10 @@ from safetensors.torch import load
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rlx.episode import Episode
 from rlx.errors import ServiceError, UserCodeError
 from rlx.learner.main import train
-from rlx.wire import Completion, GroupRequest
+from rlx.wire import GroupRequest
 
 
 def final(folder: Path) -> dict[str, Tensor]:
@@ -35,10 +36,10 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], atol: fl
 def fails_from(step: int) -> Score:
     """`length_reward`, until the user's function raises in a training group of `step`."""
 
-    def score(request: GroupRequest, completions: list[Completion]) -> tuple[dict[str, list[float]], dict[str, float]]:
+    def score(request: GroupRequest, episodes: list[Episode]) -> tuple[dict[str, list[float]], dict[str, float]]:
         if request.step >= step and not place(request.key).startswith("eval"):
             raise UserCodeError("trl.reward_funcs[0] (rewards.length) raised ZeroDivisionError: division by zero")
-        return length_reward(request, completions)
+        return length_reward(request, episodes)
 
     return score
 
@@ -164,17 +165,15 @@ def test_a_service_that_lies_about_versions_ends_the_run(tmp_path: Path) -> None
     path = write_run(tmp_path, test_datasets=None)
     with serve() as served:
         served.worker.lie = 1
-        with pytest.raises(
-            ServiceError, match=r"sampled .*/0/\d with weight versions \(\(2, \d+\),\), but 1 was published"
-        ):
+        with pytest.raises(ServiceError, match=r"sampled .*/0/\d with weight versions \(2,\), but 1 was published"):
             train(config_for(path, served), 1)
 
 
 def test_a_model_that_was_trained_is_kept_when_the_last_evaluation_fails(tmp_path: Path) -> None:
-    def score(request: GroupRequest, completions: list[Completion]) -> tuple[dict[str, list[float]], dict[str, float]]:
+    def score(request: GroupRequest, episodes: list[Episode]) -> tuple[dict[str, list[float]], dict[str, float]]:
         if place(request.key).startswith("eval1/"):
             raise UserCodeError("trl.reward_funcs[0] gave 3 values for 1 completions")
-        return length_reward(request, completions)
+        return length_reward(request, episodes)
 
     path = write_run(tmp_path, max_steps=1)
     with serve(score) as served, pytest.raises(UserCodeError, match="3 values"):

@@ -13,7 +13,8 @@ import numpy as np
 import xxhash
 
 from rlx.config.sections import ServiceSection
-from rlx.envs.single_turn import single_turn
+from rlx.envs.single_turn import SingleTurn
+from rlx.episode import Episode
 from rlx.errors import ServiceUnavailable, WeightSyncError
 from rlx.rollout.app import create_app
 from rlx.rollout.gateway import bind, serving
@@ -113,12 +114,12 @@ class LocalScorer:
         pass
 
     async def score(
-        self, request: GroupRequest, completions: list[Completion]
+        self, request: GroupRequest, episodes: list[Episode]
     ) -> tuple[list[RewardOutcome], dict[str, float]]:
         await self.open.wait()
         if self.error:
             raise self.error
-        values = np.arange(len(completions), dtype=np.float32)
+        values = np.arange(len(episodes), dtype=np.float32)
         values[0] = np.nan
         return [RewardOutcome("rewards.position", values, 0.001)], {"length": 3.0}
 
@@ -147,7 +148,7 @@ def make_service(
     workers: list[LocalWorker], scorer: LocalScorer | None = None, settings: ServiceSection = QUICK
 ) -> RolloutService:
     return RolloutService(
-        workers, scorer or LocalScorer(), single_turn, settings, model="tiny-model", start_timeout_s=5
+        workers, scorer or LocalScorer(), SingleTurn(), settings, model="tiny-model", start_timeout_s=5
     )
 
 

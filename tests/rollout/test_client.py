@@ -131,7 +131,7 @@ def test_groups_come_back_in_the_order_asked_for_and_each_is_heard_of():
         results = s.client.rollouts([group(f"g-{i}") for i in range(20)], lambda result: heard.append(result.key))
     assert [result.key for result in results] == [f"g-{i}" for i in range(20)]
     assert sorted(heard) == sorted(result.key for result in results)
-    np.testing.assert_array_equal(results[3].completions[0].ids, [7, 8, 9])
+    np.testing.assert_array_equal(results[3].episodes[0].rows[0].ids, [7, 8, 9])
 
 
 def test_no_more_than_the_limit_are_in_flight():
@@ -272,7 +272,7 @@ def test_published_weights_are_what_the_next_tokens_carry(kind):
         assert times.total_s == pytest.approx(times.announce_s + times.transfer_s + times.commit_s)
         assert min(times.announce_s, times.transfer_s, times.commit_s) > 0
         assert s.client.workers()["weight_version"] == 4
-        assert s.client.submit(group()).result(5).completions[0].versions == ((4, 3),)
+        assert s.client.submit(group()).result(5).episodes[0].rows[0].versions == ((4, 3),)
         assert [worker.committed for worker in s.workers] == [[data], [data]]
         ids = np.array([1, 2, 3])
         assert {name: v.tolist() for name, v in s.client.prompt_logprobs(ids).items()} == {

@@ -37,14 +37,14 @@ async def test_a_frame_is_answered_with_a_frame():
     assert answer.headers["content-type"] == CONTENT_TYPE
     result = GroupResult.decode(answer.content)
     assert (result.key, result.worker) == ("g-1", "w")
-    np.testing.assert_array_equal(result.completions[1].ids, [7, 8, 9])
+    np.testing.assert_array_equal(result.episodes[1].rows[0].ids, [7, 8, 9])
 
 
 async def test_people_write_and_read_json_with_null_for_a_reward_that_does_not_apply():
     async with started(make_service([LocalWorker()])) as service, on_http(service) as url, client(url) as http:
         body = (await http.post("/v1/rollouts", json=PEOPLE)).json()
-        assert [c["rewards"] for c in body["completions"]] == [{"rewards.position": None}, {"rewards.position": 1.0}]
-        assert body["completions"][0]["text"] == "7 8 9"
+        assert [c["rewards"] for c in body["episodes"]] == [{"rewards.position": None}, {"rewards.position": 1.0}]
+        assert body["episodes"][0]["text"] == "7 8 9"
         frame = await http.post("/v1/rollouts", json=PEOPLE, headers={"accept": CONTENT_TYPE})
         assert GroupResult.decode(frame.content).key == "p-1"
         as_json = await http.post(

@@ -55,8 +55,8 @@ async def test_a_group_carries_its_completions_rewards_and_worker():
     async with started(make_service([LocalWorker("w")])) as service:
         result = await service.rollout(group(n=3))
     assert result.worker == "w"
-    assert [c.ids.tolist() for c in result.completions] == [[7, 8, 9]] * 3
-    assert [c.versions for c in result.completions] == [((0, 3),)] * 3
+    assert [e.rows[0].ids.tolist() for e in result.episodes] == [[7, 8, 9]] * 3
+    assert [e.rows[0].versions for e in result.episodes] == [((0, 3),)] * 3
     assert result.rewards[0].values[1:].tolist() == [1.0, 2.0]
     assert result.metrics == {"length": 3.0}
 
@@ -136,7 +136,7 @@ async def test_only_the_newest_results_are_kept_and_running_groups_always():
 
 async def test_kept_results_are_bounded_in_bytes_too():
     result = await one_result()
-    nbytes = sum(c.ids.nbytes + c.logprobs.nbytes + len(c.text) for c in result.completions)
+    nbytes = sum(e.rows[0].ids.nbytes + e.rows[0].logprobs.nbytes + len(e.text) for e in result.episodes)
     ran = await ran_keys(GroupStore(max_groups=100, max_bytes=3 * nbytes - 1), ["a", "b", "b", "c", "b", "a"], result)
     assert sorted(ran) == sorted(["slow", "a", "b", "c", "a"])
 
@@ -343,7 +343,7 @@ async def test_published_weights_reach_every_worker_and_stamp_the_next_tokens():
         times = await publish(service, 3, data)
         assert [worker.committed for worker in workers] == [[data], [data]]
         assert (times.version, times.nbytes) == (3, 10_000)
-        assert (await service.rollout(group())).completions[0].versions == ((3, 3),)
+        assert (await service.rollout(group())).episodes[0].rows[0].versions == ((3, 3),)
         assert {status.weight_version for status in service.fleet.statuses()} == {3}
         assert await service.weights.commit(3) == times
 
@@ -373,9 +373,9 @@ async def test_wrong_bytes_are_refused_the_old_version_serves_and_the_next_publi
         with pytest.raises(WeightSyncError, match=f"weights 1: .*{message}"):
             await publish(service, 1, b"abcd", sent)
         assert worker.committed == []
-        assert (await service.rollout(group("old"))).completions[0].versions == ((0, 3),)
+        assert (await service.rollout(group("old"))).episodes[0].rows[0].versions == ((0, 3),)
         await publish(service, 1, b"abcd")
-        assert (await service.rollout(group("new"))).completions[0].versions == ((1, 3),)
+        assert (await service.rollout(group("new"))).episodes[0].rows[0].versions == ((1, 3),)
 
 
 async def test_weights_that_are_not_newer_are_refused_with_what_to_write():
@@ -511,8 +511,8 @@ async def test_tokens_in_flight_during_an_update_carry_both_versions():
         await service.weights.announce(manifest)
         await service.weights.receive(1, chunks(data))
         await service.weights.commit(1)
-        seen = [tuple(version for version, _ in c.versions) for c in (await running).completions]
+        seen = [tuple(version for version, _ in e.rows[0].versions) for e in (await running).episodes]
         assert (0, 1) in seen
         assert set(seen) <= {(0,), (0, 1)}
         after = await service.rollout(group("after"))
-        assert {c.versions[0][0] for c in after.completions} == {1}
+        assert {e.rows[0].versions[0][0] for e in after.episodes} == {1}
