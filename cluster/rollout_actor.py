@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import numpy as np
 import ray
 
 from rlx.cluster import watchdog
+from rlx.cluster.output import write_output_to
 from rlx.rollout.engine import Engine
 from rlx.rollout.worker import WorkerStatus
 from rlx.wire import Completion, Sampling, WeightManifest
@@ -38,7 +38,7 @@ class RolloutActor:
         self._build_engine = build_engine
         self._engine: Engine | None = None
         self._in_flight = 0
-        _write_output_to(Path(log))
+        write_output_to(Path(log))
         watchdog.guard()
 
     def __repr__(self) -> str:
@@ -105,14 +105,3 @@ class RolloutActor:
     def _ready(self) -> Engine:
         assert self._engine is not None, "the gateway sends nothing before `start` came back"
         return self._engine
-
-
-def _write_output_to(log: Path) -> None:
-    """Everything that this process and its children print goes to `log`, from here on."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(target, 1)
-    os.dup2(target, 2)
-    os.close(target)

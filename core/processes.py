@@ -63,10 +63,15 @@ def descendants(*roots: int) -> dict[int, int]:
     return found
 
 
+def start_of(pid: int) -> int | None:
+    """When the process started, in clock ticks, as `descendants` gives it; None when it has ended."""
+    stat = _stat(pid)
+    return None if stat is None else stat[1]
+
+
 def alive(pid: int, start: int) -> bool:
     """Whether the process that `descendants` named still runs."""
-    stat = _stat(pid)
-    return stat is not None and stat[1] == start
+    return start_of(pid) == start
 
 
 def end_processes(processes: dict[int, int], grace_s: float) -> None:

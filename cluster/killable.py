@@ -1,0 +1,45 @@
+"""A Ray actor on this node whose process, and all that it started, can be ended for sure."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from rlx.cluster.calls import create
+from rlx.processes import alive, descendants, end_processes, start_of
+
+
+class KillableActor:
+    """Runs on the gateway's node, where the folder of the YAML is: nothing has to be shipped to a cluster, and user
+    code finds the files next to it."""
+
+    def __init__(self, label: str):
+        self.label = label
+        self.handle: Any = None
+        self.pid = 0
+        self._start = 0
+
+    async def create(self, actor_class: type, *arguments: Any, **options: Any) -> Any:
+        """Make the actor; its handle. Call `runs_as` with the process id that it tells."""
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        # No CPU is asked of Ray: the engines may have reserved all of them.
+        self.handle = await create(actor_class, self.label, *arguments, num_cpus=0, scheduling_strategy=here, **options)
+        return self.handle
+
+    def runs_as(self, pid: int) -> None:
+        self.pid, self._start = pid, start_of(pid) or 0
+
+    def kill(self) -> None:
+        """End the process and everything below it, whatever it is doing. Idempotent."""
+        handle, self.handle = self.handle, None
+        if handle is None:
+            return
+        below = descendants(self.pid) if self.pid else {}
+        ray.kill(handle)
+        if self.pid and alive(self.pid, self._start):
+            os.kill(self.pid, signal.SIGKILL)
+        end_processes(below, 0.0)
