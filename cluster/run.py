@@ -35,14 +35,29 @@ _SERVICE_GRACE_S = 60.0
 
 def run_main(config: Config, overrides: list[str], num_processes: int, *, program: Sequence[str] = RLX) -> int:
     """Train to the end. The exit status is that of the part that failed first, 0 when none did."""
+    say_when_ready = f"starting the learner: {num_processes} process{'es' if num_processes > 1 else ''}"
+    learner = ("train", str(config.path), "--num-processes", str(num_processes))
     environment = dict(os.environ)
     if not os.environ.get("RAY_ADDRESS"):
         layout = plan_layout(this_machine(), config, num_processes)
         if layout.resource == "GPU":
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(layout.learner_gpus)
+    return with_service(config, overrides, learner, say_when_ready, environment, program=program)
+
+
+def with_service(
+    config: Config,
+    overrides: list[str],
+    command: Sequence[str],
+    say_when_ready: str = "",
+    environment: dict[str, str] | None = None,
+    *,
+    program: Sequence[str] = RLX,
+) -> int:
+    """Start the service, run `rlx COMMAND OVERRIDES` beside it to its end, stop the service."""
     run = _Run(config, overrides, program)
     try:
-        return run.to_the_end(num_processes, environment)
+        return run.to_the_end(command, say_when_ready, environment)
     finally:
         run.close()
 
@@ -64,14 +79,15 @@ class _Run:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._interrupt)
 
-    def to_the_end(self, num_processes: int, environment: dict[str, str]) -> int:
+    def to_the_end(self, command: Sequence[str], say_when_ready: str, environment: dict[str, str] | None) -> int:
         service = self._start_service()
         if (code := self._await_service(service)) is not None:
             return code
         if self._interrupted:
             return 128 + self._interrupted
-        say(f"starting the learner: {num_processes} process{'es' if num_processes > 1 else ''}")
-        self._learner = self._start("train", "--num-processes", str(num_processes), env=environment)
+        if say_when_ready:
+            say(say_when_ready)
+        self._learner = self._start(*command, env=environment)
         while self._learner.poll() is None and service.poll() is None and time.monotonic() < self._give_up_at:
             time.sleep(_POLL_S)
         if self._learner.poll() not in (None, 0):
@@ -89,13 +105,15 @@ class _Run:
         if self._reader is not None:
             self._reader.join(_SERVICE_GRACE_S)
 
-    def _start(self, command: str, *arguments: str, **options: Any) -> subprocess.Popen[bytes]:
+    def _start(self, *command: str, **options: Any) -> subprocess.Popen[bytes]:
         """An `rlx` command in a session of its own, so that the terminal's Ctrl-C comes to us only; it ends with us."""
-        line = [*self._program, command, str(self._config.path), *arguments, *self._overrides]
+        line = [*self._program, *command, *self._overrides]
         return subprocess.Popen(line, start_new_session=True, preexec_fn=_ends_with_parent, **options)
 
     def _start_service(self) -> subprocess.Popen[bytes]:
-        self._service = self._start("vllm-serve", stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        self._service = self._start(
+            "vllm-serve", str(self._config.path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
         self._reader = threading.Thread(target=self._read, args=(self._service,), daemon=True)
         self._reader.start()
         return self._service

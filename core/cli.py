@@ -91,6 +91,47 @@ def run(context: typer.Context, config: ConfigPath, num_processes: Processes = 1
     raise typer.Exit(_guarded(lambda: run_main(loaded, context.args, num_processes)))
 
 
+rollout = typer.Typer(help="Look at single episodes.", no_args_is_help=True)
+reward = typer.Typer(help="Try reward functions without training.", no_args_is_help=True)
+app.add_typer(rollout, name="rollout")
+app.add_typer(reward, name="reward")
+
+
+@rollout.command("test", context_settings=_OVERRIDES, epilog=_EPILOG)
+def rollout_test(
+    context: typer.Context,
+    config: ConfigPath,
+    row: Annotated[int, typer.Option("--row", min=0, help="Which row of the first data set.")] = 0,
+) -> None:
+    """One episode, token by token: what the policy sampled, what was context, versions, rewards. Uses the service of
+    the YAML when it runs, else starts one for this."""
+    loaded = _load(config, context.args)
+    from rlx.cluster.rollout_test import rollout_test_main
+
+    raise typer.Exit(_guarded(lambda: rollout_test_main(loaded, context.args, row)))
+
+
+@reward.command("test", context_settings=_OVERRIDES, epilog=_EPILOG)
+def reward_test(
+    context: typer.Context,
+    config: ConfigPath,
+    samples: Annotated[
+        Path | None, typer.Option("--samples", help="A samples.jsonl of a run: score it again, without a model.")
+    ] = None,
+    rows: Annotated[int, typer.Option("--rows", min=1, help="Rows of the first data set to try.")] = 4,
+    answer_column: Annotated[
+        str | None,
+        typer.Option("--answer-column", help="The column that holds the right answer; default: found by name."),
+    ] = None,
+) -> None:
+    """Every reward function on trivial completions (nothing, the prompt, the answer, a very long one), in the same
+    processes as in a run; flags what pays for nothing, or blocks."""
+    loaded = _load(config, context.args)
+    from rlx.cluster.reward_test import reward_test_main
+
+    raise typer.Exit(_guarded(lambda: reward_test_main(loaded, samples, rows, answer_column)))
+
+
 def _serve_options(arguments: list[str]) -> list[str]:
     """Axolotl's `vllm-serve --port 8001` means `--vllm.port 8001`."""
     short = ("host", "port", "tensor-parallel-size", "data-parallel-size", "gpu-memory-utilization", "dtype",

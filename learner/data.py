@@ -67,6 +67,14 @@ def first_row(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
     return dict(_load_one(config, config.datasets[0], "datasets[0]", tokenizer)[0])
 
 
+def prompt_at(config: Config, tokenizer: PreTrainedTokenizerBase, index: int) -> Prompt:
+    """Row `index` of the first data set as a prompt: a sample for `rlx rollout test`."""
+    rows = _load_one(config, config.datasets[0], "datasets[0]", tokenizer)
+    if index >= len(rows):
+        raise DatasetError(f"--row {index}: datasets[0] has the rows 0 to {len(rows) - 1}.")
+    return _tokenize(config, rows.select([index]), tokenizer, f"datasets[0], row {index}").prompts[0]
+
+
 def _load_all(config: Config, sections: Sequence[DatasetSection], key: str, tokenizer: Tokenizer) -> datasets.Dataset:
     parts = [_load_one(config, section, f"{key}[{index}]", tokenizer) for index, section in enumerate(sections)]
     return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
