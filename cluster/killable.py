@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rlx.cluster.calls import create
-from rlx.processes import alive, descendants, end_processes, start_of
+from rlx.processes import descendants, end_processes, start_of
 
 
 class KillableActor:
@@ -33,13 +31,16 @@ class KillableActor:
     def runs_as(self, pid: int) -> None:
         self.pid, self._start = pid, start_of(pid) or 0
 
-    def kill(self) -> None:
-        """End the process and everything below it, whatever it is doing. Idempotent."""
+    def kill(self, grace_s: float = 0.0) -> None:
+        """End the process and everything below it, whatever it is doing. Idempotent.
+
+        Ray prints a warning about a process that it did not end itself: it gets `grace_s` seconds for that, while this
+        blocks.
+        """
         handle, self.handle = self.handle, None
         if handle is None:
             return
         below = descendants(self.pid) if self.pid else {}
         ray.kill(handle)
-        if self.pid and alive(self.pid, self._start):
-            os.kill(self.pid, signal.SIGKILL)
+        end_processes({self.pid: self._start}, grace_s)
         end_processes(below, 0.0)

@@ -1,9 +1,10 @@
 """Calling one reward function on one group of G completions, and holding it to its contract.
 
-    load_reward(name) -> Reward -> score_group(reward, ScoreRequest) -> float32 [G]
-    RewardWorker: the same for one function in a process of its own
+    load_reward(name) -> Reward ─┬─► score_group(reward, ScoreRequest) -> float32 [G], or UserCodeError
+                                 └─► RewardWorker.score(ScoreRequest)  -> RewardOutcome, in a process of its own
 
-Deadlines and the killing of functions that hang are the caller's.
+What a function does wrong in one call is in its outcome. What no other call will do better, as asking for a column
+that is not there, is a UserCodeError. Killing what hangs is the caller's.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ from __future__ import annotations
 import asyncio
 import copy
 import difflib
+import functools
 import inspect
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +27,7 @@ import numpy as np
 from rlx.dotted import resolve, user_traceback
 from rlx.episode import Episode
 from rlx.errors import UserCodeError
-from rlx.wire import GroupRequest, RewardOutcome
+from rlx.wire import GroupRequest, Outcome, RewardOutcome
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
@@ -53,6 +55,16 @@ class Reward:
 
     def error(self, message: str) -> UserCodeError:
         return UserCodeError(f"{self.key} ({self.name}) {message}")
+
+    def failed(self, outcome: Outcome, num_completions: int, message: str) -> RewardOutcome:
+        return no_values(self.name, num_completions, outcome, str(self.error(message)))
+
+
+def no_values(name: str, num_completions: int, outcome: Outcome = "ok", error: str = "") -> RewardOutcome:
+    """No value for any of the completions, because of what `error` says."""
+    values = np.full(num_completions, np.nan, dtype=np.float32)
+    failed = 0 if outcome == "ok" else num_completions
+    return RewardOutcome(name, values, 0.0, outcome=outcome, failed=failed, error=error)
 
 
 @dataclass(frozen=True)
@@ -117,6 +129,10 @@ class RewardLog:
         return {name: sum(values) / len(values) for name, values in self.metric_values.items()}
 
 
+Answer = tuple[RewardOutcome, dict[str, float]]
+"""What a function said of a group, and what it logged with `log_metric`."""
+
+
 class RewardWorker:
     """Entry `index` of `trl.reward_funcs`, for a process that scores group after group with it.
 
@@ -125,22 +141,24 @@ class RewardWorker:
 
     def __init__(self, name: str, index: int, base_dir: str | Path):
         self.reward = load_reward(name, Path(base_dir), f"trl.reward_funcs[{index}]")
-        self.runner = asyncio.Runner()
-        self.log = RewardLog(0)
+        self._runner = asyncio.Runner()
 
-    def score(self, payload: ScoreRequest) -> RewardOutcome:
-        started = time.perf_counter()
-        self.log = RewardLog(len(payload.completions))
-        values = score_group(self.reward, payload, log=self.log, runner=self.runner)
-        return RewardOutcome(self.reward.name, values, time.perf_counter() - started, self.log.extra)
+    def score(self, request: ScoreRequest) -> Answer:
+        started, log = time.perf_counter(), RewardLog(len(request.completions))
+        outcome = _score(self.reward, request, log, self._runner.run)
+        return _answer(outcome, started, log)
 
-    @property
-    def metrics(self) -> dict[str, float]:
-        """What the last scored group logged with `log_metric`."""
-        return self.log.metrics
+    async def score_beside(self, request: ScoreRequest, timeout_s: float) -> Answer:
+        """The same in the caller's event loop, beside other groups; cancelled after `timeout_s` seconds."""
+        started, log = time.perf_counter(), RewardLog(len(request.completions))
+        return _answer(await _score_beside(self.reward, request, log, timeout_s), started, log)
 
     def close(self) -> None:
-        self.runner.close()
+        self._runner.close()
+
+
+def _answer(outcome: RewardOutcome, started: float, log: RewardLog) -> Answer:
+    return replace(outcome, seconds=time.perf_counter() - started, extra=log.extra), log.metrics
 
 
 def load_reward(name: str, base_dir: Path, key: str) -> Reward:
@@ -156,45 +174,74 @@ def load_reward(name: str, base_dir: Path, key: str) -> Reward:
     return Reward(name, key, function, is_async, parameters)
 
 
-def score_group(
-    reward: Reward, request: ScoreRequest, *, log: RewardLog | None = None, runner: asyncio.Runner | None = None
-) -> np.ndarray:
-    """The rewards of a group, float32 [G], NaN where the function gave None."""
-    num_completions = len(request.completions)
-    args, kwargs = _bind(reward, _arguments(request, log or RewardLog(num_completions)))
+def score_group(reward: Reward, request: ScoreRequest) -> np.ndarray:
+    """The rewards of a group, float32 [G], NaN where the function gave None. UserCodeError for everything else."""
+    outcome = _score(reward, request, RewardLog(len(request.completions)), asyncio.run)
+    if outcome.outcome != "ok":
+        raise UserCodeError(outcome.error)
+    return outcome.values
+
+
+def _score(reward: Reward, request: ScoreRequest, log: RewardLog, run: Callable[..., Any]) -> RewardOutcome:
+    args, kwargs = _bind(reward, _arguments(request, log))
     try:
         result = reward.function(*args, **kwargs)
         if inspect.isawaitable(result):
-            result = runner.run(_wait(result)) if runner else asyncio.run(_wait(result))
-    except UserCodeError as error:
+            result = run(_wait(result))
+        return read_values(reward, result, log.num_completions)
+    except (Exception, SystemExit, asyncio.CancelledError) as error:  # whatever the user's code raises is its outcome
+        return _raised(reward, error, log.num_completions)
+
+
+async def _score_beside(reward: Reward, request: ScoreRequest, log: RewardLog, timeout_s: float) -> RewardOutcome:
+    args, kwargs = _bind(reward, _arguments(request, log))
+    try:
+        async with asyncio.timeout(timeout_s) as scope:
+            result = await reward.function(*args, **kwargs)
+        return read_values(reward, result, log.num_completions)
+    except (Exception, SystemExit) as error:  # whatever the user's code raises is its outcome
+        if scope.expired():
+            told = f"did not answer within {timeout_s:g} s (rewards.timeout) and was cancelled."
+            return reward.failed("timeout", log.num_completions, told)
+        return _raised(reward, error, log.num_completions)
+
+
+def _raised(reward: Reward, error: BaseException, num_completions: int) -> RewardOutcome:
+    if isinstance(error, UserCodeError):  # of a built-in reward: the data set is not what it needs
         raise reward.error(str(error)) from error
-    except (Exception, SystemExit) as error:
-        trace = user_traceback(error, hide=[__file__])
-        raise reward.error(f"raised {type(error).__name__}.\n{trace}") from error
-    return validate_values(reward, result, num_completions)
+    trace = user_traceback(error, hide=[__file__])
+    return reward.failed("exception", num_completions, f"raised {type(error).__name__}.\n{trace}")
 
 
-def validate_values(reward: Reward, result: Any, num_completions: int) -> np.ndarray:
-    """What a function returned, as float32 [num_completions]."""
+def read_values(reward: Reward, result: Any, num_completions: int) -> RewardOutcome:
+    """What a function returned: all values, or none if it is not a list of the right length. Values that are not
+    finite numbers or None are left out, and the first is explained."""
     values = result.tolist() if hasattr(result, "tolist") else result
     if not isinstance(values, list | tuple):
-        raise reward.error(f"returned {_describe(result)}. Return a list with one number or None per completion.")
+        told = f"returned {_describe(result)}. Return a list with one number or None per completion."
+        return reward.failed("invalid", num_completions, told)
     if len(values) != num_completions:
-        raise reward.error(f"returned {len(values)} values for {num_completions} completions. Return one for each.")
-    return np.array([_number(reward, index, value) for index, value in enumerate(values)], dtype=np.float32)
+        told = f"returned {len(values)} values for {num_completions} completions. Return one for each."
+        return reward.failed("invalid", num_completions, told)
+    numbers, wrong = np.full(num_completions, np.nan, dtype=np.float32), []
+    for index, value in enumerate(v.tolist() if hasattr(v, "tolist") else v for v in values):
+        if value is not None and (told := _wrong_with(value, index)):
+            wrong.append(told)
+        elif value is not None:
+            numbers[index] = value
+    if not wrong:
+        return RewardOutcome(reward.name, numbers, 0.0)
+    error = str(reward.error(wrong[0]))
+    return RewardOutcome(reward.name, numbers, 0.0, outcome="invalid", failed=len(wrong), error=error)
 
 
-def _number(reward: Reward, index: int, value: Any) -> float:
-    value = value.tolist() if hasattr(value, "tolist") else value
-    if value is None:
-        return np.nan
+def _wrong_with(value: Any, index: int) -> str:
+    """Why `value` is not a reward; empty when it is one."""
     if not isinstance(value, int | float):
-        raise reward.error(f"returned {_describe(value)} for completion {index}. Return a number or None.")
+        return f"returned {_describe(value)} for completion {index}. Return a number or None."
     if not abs(value) <= _FLOAT32_MAX:
-        raise reward.error(
-            f"returned {value} for completion {index}. Return a finite number, or None if not applicable."
-        )
-    return float(value)
+        return f"returned {value} for completion {index}. Return a finite number, or None if not applicable."
+    return ""
 
 
 def _describe(value: Any) -> str:
@@ -226,6 +273,7 @@ def _bind(reward: Reward, arguments: Mapping[str, Any]) -> tuple[list[Any], dict
     """The positional and keyword arguments that the function accepts."""
     args: list[Any] = []
     kwargs: dict[str, Any] = {}
+    arguments = {**arguments, **_plurals(reward, arguments)}
     for parameter in reward.parameters:
         if parameter.kind is parameter.VAR_KEYWORD:
             named = {p.name for p in reward.parameters}
@@ -239,6 +287,21 @@ def _bind(reward: Reward, arguments: Mapping[str, Any]) -> tuple[list[Any], dict
         elif parameter.name in arguments:
             kwargs[parameter.name] = arguments[parameter.name]
     return args, kwargs
+
+
+def _plurals(reward: Reward, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Columns that the function asks for by their plural: `answers` for the column `answer`, told once each."""
+    named = (parameter.name for parameter in reward.parameters)
+    asked = {name: name.removesuffix("s") for name in named if name not in arguments and name.endswith("s")}
+    found = {name: column for name, column in asked.items() if column in arguments and column not in CONTRACT_ARGUMENTS}
+    for name, column in found.items():
+        _tell_once(f"{reward.key} ({reward.name}): its parameter {name!r} is given the column {column!r}.")
+    return {name: arguments[column] for name, column in found.items()}
+
+
+@functools.cache
+def _tell_once(note: str) -> None:
+    print(note, flush=True)
 
 
 def _missing_column(reward: Reward, name: str, arguments: Mapping[str, Any]) -> UserCodeError:

@@ -17,7 +17,8 @@ from rlx.rollout.fake_engine import FakeEngine
 from rlx.wire import Completion, Sampling
 
 REWARDS = """
-import os, signal, threading, time
+import asyncio, ctypes, os, signal, subprocess, threading, time
+from pathlib import Path
 
 def length(completions, **kwargs):
     return [float(len(text)) for text in completions]
@@ -36,6 +37,79 @@ def ends_its_process(completions, **kwargs):
 
 def raises(completions, **kwargs):
     return [1 / 0]
+
+def wants_gold(completions, gold):
+    return [1.0] * len(completions)
+
+def only_lengths(completions, log_extra, log_metric, moves=None, **kwargs):
+    # As many values as it was given completions: a number, None, or not a number.
+    log_extra("seen", completions)
+    log_metric("given", len(completions))
+    return [{"none": None, "nan": float("nan")}.get(text, float(len(text))) for text in completions]
+
+def meets(completions, trainer_state, **kwargs):
+    # Comes back when as many calls as the completion says are inside, each in a process of its own.
+    here = Path(__file__).parent
+    (here / f"met-{trainer_state.global_step}").touch()
+    while len(list(here.glob("met-*"))) < int(completions[0]):
+        time.sleep(0.01)
+    return [float(os.getpid() % 2**20)] * len(completions)
+
+def notes(completions, trainer_state, **kwargs):
+    with (Path(__file__).parent / "notes").open("a") as notes:
+        notes.write(f"begins {trainer_state.global_step}\\n")
+        notes.flush()
+        time.sleep(0.5)
+        notes.write(f"ends {trainer_state.global_step}\\n")
+    return [1.0] * len(completions)
+
+inside, peak = 0, 0
+
+async def side_by_side(completions, log_metric, **kwargs):
+    global inside, peak
+    inside += 1
+    peak = max(peak, inside)
+    if completions[0] == "blocks":
+        time.sleep(1000)
+    await asyncio.sleep(1000 if completions[0] == "waits" else 0.3)
+    inside -= 1
+    log_metric("peak", peak)
+    return [1.0] * len(completions)
+
+def _sleeper(**options):
+    return subprocess.Popen(["sleep", "1000"], **options).pid
+
+def misbehaves(completions, log_metric, **kwargs):
+    # Does what the completion says.
+    what = completions[0]
+    pid = os.getpid()
+    if what == "fork":
+        os.fork()
+    elif what == "leaves children":
+        log_metric("child", _sleeper())
+        log_metric("detached", _sleeper(start_new_session=True))
+    elif what == "leaves children and exits":
+        (Path(__file__).parent / "child").write_text(str(_sleeper()))
+        os._exit(7)
+    elif what == "alarm":
+        signal.signal(signal.SIGALRM, lambda *_: os._exit(8))
+        signal.alarm(1)
+    elif what == "outlives an alarm":
+        time.sleep(1.2)
+    elif what == "dies of an alarm":
+        signal.alarm(1)
+        time.sleep(1000)
+    elif what == "blocks in C":
+        ctypes.PyDLL(None).sleep(1000)
+    elif what == "10 GB":
+        bytearray(10 * 2**30)
+    elif what == "100 MB":
+        for _ in range(100):
+            print("x" * 2**20)
+        os.system("echo from a child")
+    log_metric("pid", os.getpid())
+    log_metric("is default", signal.getsignal(signal.SIGALRM) is signal.SIG_DFL)
+    return [float(pid == os.getpid())] * len(completions)
 """
 
 

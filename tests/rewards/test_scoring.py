@@ -1,5 +1,6 @@
 """The contract of reward functions: what they get, what they may return, what their author is told."""
 
+import asyncio
 import math
 import pickle
 import subprocess
@@ -11,17 +12,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rlx.episode import CONTEXT, Episode, Row
 from rlx.errors import UserCodeError
 from rlx.rewards.scoring import (
     Reward,
-    RewardLog,
     RewardWorker,
     ScoreRequest,
     load_reward,
+    read_values,
     score_group,
-    validate_values,
 )
-from rlx.wire import Completion, GroupRequest, Sampling
+from rlx.wire import GroupRequest, Sampling
 
 KEY = "trl.reward_funcs[0]"
 REQUEST = ScoreRequest(
@@ -33,13 +34,21 @@ REQUEST = ScoreRequest(
     step=7,
 )
 CHAT = ScoreRequest(
-    prompt=[{"role": "user", "content": "2+2?"}], completions=["4", "5"], completion_ids=[[4], [5]], step=1
+    prompt=[{"role": "user", "content": "2+2?"}],
+    completions=[[{"role": "assistant", "content": text}] for text in ("4", "5")],
+    completion_ids=[[4], [5]],
+    step=1,
 )
 
 
 def load(folder: Path, source: str, name: str = "rewards.f") -> Reward:
     (folder / "rewards.py").write_text(source)
     return load_reward(name, folder, KEY)
+
+
+def worker(folder: Path, source: str) -> RewardWorker:
+    (folder / "rewards.py").write_text(source)
+    return RewardWorker("rewards.f", 2, folder)
 
 
 def refusal(reward: Reward, request: ScoreRequest = REQUEST) -> str:
@@ -131,11 +140,11 @@ def test_none_is_nan_and_booleans_are_numbers(tmp_path):
 
 
 def test_a_missing_column_is_named_with_those_that_there_are(tmp_path):
-    text = refusal(load(tmp_path, "def f(completions, answers): return [0] * 4"))
-    assert "asks for 'answers'" in text
+    text = refusal(load(tmp_path, "def f(completions, anwser): return [0] * 4"))
+    assert "asks for 'anwser'" in text
     assert "Columns: answer, level." in text
     assert "Did you mean 'answer'?" in text
-    assert text.endswith("Rename the parameter, or have the transform return 'answers'.")
+    assert text.endswith("Rename the parameter, or have the transform return 'anwser'.")
 
 
 @pytest.mark.parametrize(
@@ -213,10 +222,9 @@ def test_log_metric_averages_and_log_extra_keeps_columns(tmp_path):
         "  log_extra('seen', completions)\n"
         "  return [0] * 4"
     )
-    log = RewardLog(4)
-    score_group(load(tmp_path, source), REQUEST, log=log)
-    assert log.metrics == {"short": 0.5, "long": 3.0}
-    assert log.extra == {"seen": ["4", "5", "four", ""]}
+    outcome, metrics = worker(tmp_path, source).score(REQUEST)
+    assert metrics == {"short": 0.5, "long": 3.0}
+    assert outcome.extra == {"seen": ["4", "5", "four", ""]}
 
 
 def test_log_extra_wants_a_value_for_each_completion(tmp_path):
@@ -224,44 +232,131 @@ def test_log_extra_wants_a_value_for_each_completion(tmp_path):
     assert "log_extra('seen'): 1 values for 4 completions" in text
 
 
-def test_a_worker_scores_groups_and_reports_what_the_last_one_logged(tmp_path):
-    (tmp_path / "rewards.py").write_text(
+def test_a_worker_scores_groups_and_reports_what_each_one_logged(tmp_path):
+    source = (
         "def f(completions, log_metric, **kwargs):\n"
         "  if len(completions) == 4: log_metric('four', 4)\n"
         "  return [len(c) for c in completions]"
     )
-    worker = RewardWorker("rewards.f", 2, str(tmp_path))
-    outcome = worker.score(REQUEST)
-    assert outcome.name == "rewards.f"
+    scoring = worker(tmp_path, source)
+    outcome, metrics = scoring.score(REQUEST)
+    assert (outcome.name, outcome.outcome, outcome.failed, outcome.error) == ("rewards.f", "ok", 0, "")
     assert outcome.values.tolist() == [1, 1, 4, 0]
     assert 0 < outcome.seconds < 5
-    assert worker.metrics == {"four": 4.0}
-    worker.score(CHAT)
-    assert worker.metrics == {}
-    assert worker.reward.key == "trl.reward_funcs[2]"
-    worker.close()
+    assert metrics == {"four": 4.0}
+    assert scoring.score(CHAT)[1] == {}
+    assert scoring.reward.key == "trl.reward_funcs[2]"
+    scoring.close()
 
 
 def test_a_worker_keeps_one_event_loop_so_that_clients_stay_usable(tmp_path):
-    (tmp_path / "rewards.py").write_text(
+    source = (
         "import asyncio\nlock = asyncio.Lock()\nloops = []\n"
         "async def f(completions):\n"
         "  loops.append(asyncio.get_running_loop())\n"
         "  async with lock: return [len(set(map(id, loops)))] * 4"
     )
-    worker = RewardWorker("rewards.f", 0, tmp_path)
-    assert [worker.score(REQUEST).values[0] for _ in range(3)] == [1, 1, 1]
-    worker.close()
+    scoring = worker(tmp_path, source)
+    assert [scoring.score(REQUEST)[0].values[0] for _ in range(3)] == [1, 1, 1]
+    scoring.close()
+
+
+@pytest.mark.parametrize(
+    ("body", "outcome", "failed", "values", "told"),
+    [
+        ("raise KeyError('x')", "exception", 4, [None] * 4, "raised KeyError.\nTraceback"),
+        ("raise SystemExit(3)", "exception", 4, [None] * 4, "raised SystemExit.\nTraceback"),
+        ("return [1, 2, 3]", "invalid", 4, [None] * 4, "returned 3 values for 4 completions."),
+        ("return 'abcd'", "invalid", 4, [None] * 4, "returned 'abcd' (a value of type str)."),
+        ("return [1, float('nan'), None, {2}]", "invalid", 2, [1, None, None, None], "returned nan for completion 1."),
+        ("return [1, 2, 3, '{4}']", "invalid", 1, [1, 2, 3, None], "returned '{4}' (a value of type str) for"),
+        ("return [10**5000, 2, 3, 4]", "exception", 4, [None] * 4, "raised ValueError.\nValueError: Exceeds"),
+        ("return [None] * 4", "ok", 0, [None] * 4, ""),
+    ],
+)
+@pytest.mark.parametrize("prefix", ["", "async "])
+async def test_what_one_call_does_wrong_is_its_outcome(tmp_path, prefix, body, outcome, failed, values, told):
+    scoring = worker(tmp_path, f"{prefix}def f(completions):\n  {body}")
+    said, _ = await scoring.score_beside(REQUEST, 30) if prefix else scoring.score(REQUEST)
+    assert (said.outcome, said.failed) == (outcome, failed)
+    assert [None if math.isnan(v) else v for v in said.values] == values
+    assert told in said.error
+    assert said.error.startswith("trl.reward_funcs[2] (rewards.f) ") == bool(told)
+    scoring.close()
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        ("def f(gold): return [0] * 4", "asks for 'gold'"),
+        ("async def f(gold): return [0] * 4", "asks for 'gold'"),
+        ("import rlx.errors\ndef f(completions): raise rlx.errors.UserCodeError('needs gold')", "needs gold"),
+    ],
+)
+async def test_what_no_other_call_will_do_better_is_an_error(tmp_path, source, told):
+    scoring = worker(tmp_path, source)
+    with pytest.raises(UserCodeError, match=r"trl\.reward_funcs\[2\] \(rewards\.f\) .*" + told):
+        await scoring.score_beside(REQUEST, 30) if scoring.reward.is_async else scoring.score(REQUEST)
+    scoring.close()
+
+
+async def test_groups_beside_each_other_keep_their_logs_and_deadlines_apart(tmp_path):
+    source = (
+        "import asyncio\nboth = asyncio.Barrier(2)\n"
+        "async def f(completions, trainer_state, log_metric, log_extra):\n"
+        "  step = trainer_state.global_step\n"
+        "  log_metric('step', step)\n"
+        "  if step == 3: await asyncio.sleep(60)\n"
+        "  await both.wait()\n"
+        "  log_extra('step', [step] * len(completions))\n"
+        "  return [step] * len(completions)"
+    )
+    scoring = worker(tmp_path, source)
+    groups = [ScoreRequest("p", ["a", "b"], [[1], [2]], step=step) for step in (1, 2, 3)]
+    said = await asyncio.gather(*(scoring.score_beside(g, 0.3 if g.step == 3 else 30) for g in groups))
+    assert [outcome.outcome for outcome, _ in said] == ["ok", "ok", "timeout"]
+    assert [outcome.extra for outcome, _ in said] == [{"step": [1, 1]}, {"step": [2, 2]}, {}]
+    assert [metrics for _, metrics in said] == [{"step": 1}, {"step": 2}, {"step": 3}]
+    assert said[2][0].error.endswith("did not answer within 0.3 s (rewards.timeout) and was cancelled.")
+    scoring.close()
+
+
+async def test_a_timeout_of_the_users_own_is_an_exception(tmp_path):
+    source = "import asyncio\nasync def f(completions):\n  async with asyncio.timeout(0): await asyncio.sleep(9)"
+    scoring = worker(tmp_path, source)
+    assert (await scoring.score_beside(REQUEST, 30))[0].outcome == "exception"
+    scoring.close()
+
+
+def episode(*parts: tuple[list[int], bool], text: str, **more) -> Episode:
+    """One row of the parts (ids, sampled)."""
+    ids = np.array([i for part, _ in parts for i in part], dtype=np.int32)
+    versions = tuple((1 if sampled else CONTEXT, len(part)) for part, sampled in parts)
+    return Episode((Row(ids, np.zeros(len(ids), np.float32), versions),), text, **more)
 
 
 def test_a_request_is_made_of_what_came_over_the_wire():
     group = GroupRequest("k", "2+2=", np.array([1, 2]), 2, Sampling(max_tokens=8), {"answer": "4"}, step=3)
-    sampled = [
-        Completion(np.array(ids, dtype=np.int32), np.zeros(len(ids), np.float32), ((1, len(ids)),), "stop", text)
-        for ids, text in [([4, 0], "4"), ([5], "5")]
+    episodes = [
+        episode(([4, 0], True), text="4", extra={"moves": 2}),
+        episode(([5], True), ([8, 8], False), ([6], True), text="56", completion="5, then 6"),
     ]
-    expected = ScoreRequest("2+2=", ["4", "5"], [[4, 0], [5]], {"answer": "4"}, max_completion_length=8, step=3)
-    assert ScoreRequest.of(group, sampled) == expected
+    assert ScoreRequest.of(group, episodes) == ScoreRequest(
+        prompt="2+2=",
+        completions=["4", "5, then 6"],
+        completion_ids=[[4, 0], [5, 6]],
+        columns={"answer": "4"},
+        max_completion_length=8,
+        step=3,
+        own_columns={"moves": [2, None]},
+    )
+
+
+def test_the_text_of_a_chat_episode_is_a_message_unless_it_says_otherwise():
+    group = GroupRequest("k", [{"role": "user", "content": "2+2?"}], np.array([1]), 2, Sampling(max_tokens=8))
+    told = [{"role": "tool", "content": "4"}]
+    request = ScoreRequest.of(group, [episode(([4], True), text="4"), episode(([4], True), text="4", completion=told)])
+    assert request.completions == [[{"role": "assistant", "content": "4"}], told]
 
 
 def test_scoring_loads_neither_torch_nor_ray():
@@ -283,23 +378,21 @@ AS_RETURNED = st.sampled_from([list, tuple, lambda v: np.array(v, dtype=object)]
 
 @given(values=st.lists(FINITE, max_size=6), as_returned=AS_RETURNED)
 def test_valid_values_come_back_as_they_are(values, as_returned):
-    scores = validate_values(PROBE, as_returned(values), len(values))
-    assert scores.dtype == np.float32
-    assert [None if math.isnan(s) else s for s in scores] == [None if v is None else np.float32(v) for v in values]
+    said = read_values(PROBE, as_returned(values), len(values))
+    assert said.outcome == "ok"
+    assert said.values.dtype == np.float32
+    assert [None if math.isnan(s) else s for s in said.values] == [None if v is None else np.float32(v) for v in values]
 
 
 @given(values=st.lists(ANYTHING, max_size=6), num_completions=st.integers(0, 6))
-def test_whatever_a_function_returns_is_scores_or_an_explained_error(values, num_completions):
-    is_valid = len(values) == num_completions and all(
-        v is None or (isinstance(v, bool | int | float) and abs(v) <= float(np.finfo(np.float32).max)) for v in values
-    )
-    try:
-        scores = validate_values(PROBE, values, num_completions)
-    except UserCodeError as error:
-        explained = str(error)
-        assert not is_valid, explained
-        assert explained.startswith(f"{KEY} (rewards.f) returned ")
-    else:
-        assert is_valid
-        assert not np.any(np.isinf(scores))
-        assert [bool(n) for n in np.isnan(scores)] == [v is None for v in values]
+def test_whatever_a_function_returns_is_scores_or_an_explained_failure(values, num_completions):
+    def valid(v: object) -> bool:
+        return isinstance(v, bool | int | float) and abs(v) <= float(np.finfo(np.float32).max)
+
+    said = read_values(PROBE, values, num_completions)
+    whole = len(values) == num_completions
+    expected = values if whole else [None] * num_completions
+    assert [not math.isnan(v) for v in said.values] == [valid(v) for v in expected]
+    assert said.failed == (sum(v is not None and not valid(v) for v in values) if whole else num_completions)
+    assert said.outcome == ("ok" if whole and not said.failed else "invalid")
+    assert said.error.startswith(f"{KEY} (rewards.f) returned ") == (said.outcome != "ok")
