@@ -1,0 +1,211 @@
+"""All episodes of a group, side by side in this process: deadlines, retries, and how each of them ended.
+
+    function(ctx) ── returned ──► ok, truncated when its token budget was cut
+                  ── raised ────► truncated, env_lost (begun again), aborted with the user's traceback
+                  ── neither ───► timeout: cancelled, together with the request that runs
+
+A failure of the service is nobody's status: it ends the whole group. Environments are closed on every path.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import numbers
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlx.config.sections import EpisodesSection
+from rlx.dotted import user_traceback
+from rlx.envs.chat import Chat
+from rlx.envs.errors import EnvLost, EpisodeTruncated
+from rlx.envs.rollout import Rollout
+from rlx.envs.state import Endpoint, Environments, EpisodeState, Sample, new_deadline
+from rlx.episode import Episode, Status
+from rlx.errors import ConfigError, DeadlineExceeded, ServiceError, UserCodeError
+from rlx.wire import GroupRequest
+
+Native = Callable[[Rollout], Awaitable[float | None]]
+"""A rollout function: one episode; its reward, or None."""
+GRACE_S = 5.0
+"""Seconds that a cancelled function may take to clean up; then it is left to itself."""
+_OURS = [str(file) for file in Path(__file__).parent.glob("*.py")]
+
+
+class EpisodeRunner:
+    """Runs `function` for every episode of a group. `settings.timeout` seconds are those of one attempt."""
+
+    def __init__(
+        self,
+        function: Native,
+        chat: Chat,
+        settings: EpisodesSection,
+        *,
+        max_model_len: int,
+        environments: Environments | None = None,
+        endpoint: Endpoint | None = None,
+    ):
+        self._function, self._chat, self._settings = function, chat, settings
+        self._max_model_len, self._environments, self._endpoint = max_model_len, environments, endpoint
+
+    async def run(self, sample: Sample, request: GroupRequest) -> list[Episode]:
+        """`request.num_generations` episodes. Raises ServiceError or DeadlineExceeded of `sample`, and ConfigError;
+        the other episodes are cancelled then, as they are when this is cancelled."""
+        tasks = [
+            asyncio.create_task(self._episode(sample, request, index), name=f"{request.key}:{index}")
+            for index in range(request.num_generations)
+        ]
+        try:
+            return list(await asyncio.gather(*tasks))
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _episode(self, sample: Sample, request: GroupRequest, index: int) -> Episode:
+        for attempt in range(self._settings.retries + 1):
+            state = EpisodeState(
+                sample,
+                request,
+                index,
+                attempt,
+                deadline=new_deadline(self._settings.timeout),
+                max_model_len=self._max_model_len,
+                environments=self._environments,
+                endpoint=self._endpoint,
+            )
+            episode = await self._attempt(state)
+            if episode.status != "env_lost":
+                break
+        return episode
+
+    async def _attempt(self, state: EpisodeState) -> Episode:
+        call = asyncio.create_task(self._call(state), name=f"{state.request.key}:{state.index}.{state.attempt}")
+        notes: list[str] = []
+        try:
+            await asyncio.wait({call}, timeout=self._settings.timeout)
+            in_time = call.done()
+        finally:
+            state.end()
+            notes += await _stopped(call)
+            notes += await state.close()
+        return self._ended(state, call if in_time else None, notes)
+
+    async def _call(self, state: EpisodeState) -> Any:
+        try:
+            return await self._function(Rollout(state, self._chat))
+        except SystemExit as error:  # would end the process, and every other episode with it
+            raise UserCodeError(f"trl.rollout_func: it called exit({error.code})") from error
+
+    def _completion(self, state: EpisodeState) -> Any:
+        """What the rewards get: what the function set, else what followed the prompt of the first row."""
+        line = next((line for line in state.lines if line.tape.num_sampled), None)
+        if state.completion is not None or line is None:
+            return state.completion
+        if not line.plain:
+            return line.messages[line.first_message :]
+        text = "".join(piece if isinstance(piece, str) else self._chat.decode(piece) for piece in line.spoken)
+        return text if isinstance(state.request.prompt, str) else [{"role": "assistant", "content": text}]
+
+    def _ended(self, state: EpisodeState, call: asyncio.Task[Any] | None, notes: list[str]) -> Episode:
+        """How it ended; `call` is None where time ran out."""
+        if isinstance(state.failure, ServiceError | DeadlineExceeded):
+            raise state.failure
+        value, raised = (None, None) if call is None else _outcome(call)
+        if isinstance(raised, ConfigError):
+            raise raised
+        status, error = self._status(state, call is None, raised or state.failure)
+        completion = self._completion(state)
+        if status == "ok":
+            status, error = _judged(state, value, completion)
+        if status in ("aborted", "timeout"):
+            completion, state.extra, value = None, {}, None
+        error = "\n".join([error, *notes]).strip()
+        return _episode(state, status, error, value, completion)
+
+    def _status(self, state: EpisodeState, out_of_time: bool, raised: BaseException | None) -> tuple[Status, str]:
+        late = isinstance(raised, TimeoutError) and time.monotonic() >= state.deadline
+        if (lost := state.lost or raised) and isinstance(lost, EnvLost):
+            return "env_lost", str(lost)
+        if out_of_time or late:
+            return "timeout", f"the episode did not end within episodes.timeout, {self._settings.timeout:g} s"
+        if _only(EpisodeTruncated, raised):
+            sampled = any(line.tape.num_sampled for line in state.lines)
+            return ("truncated" if sampled else "aborted"), str(raised)
+        if isinstance(raised, asyncio.CancelledError):
+            return "aborted", "the rollout function cancelled itself"
+        if raised is not None:
+            return "aborted", user_traceback(raised, hide=_OURS)
+        return "ok", ""
+
+
+async def _stopped(call: asyncio.Task[Any]) -> list[str]:
+    """Cancel `call` unless it is done, and wait until it is; a sentence where it does not end."""
+    if call.done():
+        return []
+    call.cancel()
+    await asyncio.wait({call}, timeout=GRACE_S)
+    if call.done():
+        return []
+    call.add_done_callback(lambda task: task.cancelled() or task.exception())
+    return [f"the rollout function did not end within {GRACE_S:g} s of being cancelled; it is left running"]
+
+
+def _outcome(call: asyncio.Task[Any]) -> tuple[Any, BaseException | None]:
+    if call.cancelled():
+        return None, asyncio.CancelledError()
+    return (None, error) if (error := call.exception()) else (call.result(), None)
+
+
+def _judged(state: EpisodeState, value: Any, completion: Any) -> tuple[Status, str]:
+    """The status of an episode whose function returned `value`."""
+    if value is not None and not isinstance(value, numbers.Real | np.number | np.bool_):
+        kind = type(value).__name__
+        return "aborted", f"trl.rollout_func returned a {kind}, {value!r:.80}. Return the reward as a number, or None."
+    if value is not None and not math.isfinite(value):
+        return "aborted", f"trl.rollout_func returned {value}. Return a finite number, or None."
+    if not any(line.tape.num_sampled for line in state.lines):
+        return "aborted", (
+            "trl.rollout_func never generated through ctx: there is nothing to train. Sample with ctx.turn(), "
+            "ctx.generate(ids), ctx.reply(messages), or an agent at ctx.openai."
+        )
+    try:
+        json.dumps([state.extra, completion])
+    except (TypeError, ValueError) as error:
+        return "aborted", f"ctx.extra and ctx.completion go to the reward functions as JSON: {error}"
+    if state.over_budget:
+        return "truncated", ""
+    return "ok", ""
+
+
+def _episode(state: EpisodeState, status: Status, error: str, value: Any, completion: Any) -> Episode:
+    own = float(value) if value is not None else None
+    if own is None and state.rewards:
+        own = sum(reward.value for reward in state.rewards)
+    texts = [piece for line in state.lines for piece in line.spoken if isinstance(piece, str)]
+    return Episode(
+        rows=tuple(line.tape.row() for line in state.lines if line.tape.num_sampled),
+        text="".join(texts),
+        status=status,
+        completion=completion,
+        reward=own,
+        step_rewards=tuple(state.rewards),
+        extra=state.extra,
+        metrics=state.metrics,
+        turns=state.turns,
+        attempts=state.attempt + 1,
+        exact=state.exact,
+        error=error,
+    )
+
+
+def _only(kind: type[BaseException], error: BaseException | None) -> bool:
+    """Whether `error` is of `kind`, or a group of nothing else."""
+    if isinstance(error, BaseExceptionGroup):
+        return error.split(kind)[1] is None
+    return isinstance(error, kind)
