@@ -1,0 +1,289 @@
+"""TRL's `environment_factory` and `tools` as one native rollout function.
+
+    reset(**row) ─► start(messages, tools) ─► turn ─► tool calls ─► observe ─► turn … ─► get_reward()
+                                                └─ no calls, or the environment is done: the end
+
+Every episode has an environment of its own. What goes wrong with a call, the model is told; what goes wrong in
+`reset` or `get_reward` is the episode's failure. Asynchronous tools are awaited, synchronous ones run in threads, and
+the calls of a turn run side by side, except that an object's synchronous methods run one after the other, in the
+order of the calls: it need not be safe for threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rlx.config import Config
+from rlx.dotted import resolve, user_traceback
+from rlx.envs.chat import Chat
+from rlx.envs.errors import EpisodeTruncated
+from rlx.envs.rollout import Rollout, ToolCall
+from rlx.envs.threads import in_thread
+from rlx.errors import ConfigError, UserCodeError
+
+_NOT_TOOLS = ("reset", "get_reward", "close", "done")
+CLOSE_TIMEOUT_S = 5.0
+"""Seconds that `close()` of an environment may take."""
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """One kind of environment. `methods` are the names of its tools, `schemas` theirs and those of `trl.tools`."""
+
+    factory: Callable[[], Any] | None
+    methods: tuple[str, ...]
+    schemas: tuple[dict[str, Any], ...]
+    has_reward: bool
+
+
+@dataclass
+class _Tools:
+    """The tools of one episode by name. `in_turn` holds the calls of its environment's synchronous methods apart."""
+
+    functions: Mapping[str, Callable[..., Any]]
+    methods: frozenset[str]
+    in_turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    calls: int = 0
+    failures: int = 0
+
+
+class ToolLoop:
+    """A native rollout function. Everything that can be refused is refused when it is made, with UserCodeError or
+    ConfigError."""
+
+    def __init__(self, config: Config, chat: Chat):
+        self._limit = config.trl.max_tool_calling_iterations
+        self._functions = _standalone(config)
+        factories = _factories(config)
+        self._by_column = isinstance(config.trl.environment_factory, dict)
+        key = "trl.environment_factory" if config.trl.environment_factory else "trl.tools"
+        if not chat.can_parse_tools:
+            raise ConfigError(
+                f"{config.path}: {key}: the chat template does not render tool calls, or they are of a family that "
+                "cannot be parsed. Set chat_template to one of a known family, for example qwen3_training, and use a "
+                "model that was trained with it."
+            )
+        schemas = [_schema(function, name, chat) for name, function in self._functions.items()]
+        self._kinds = {name: _kind(factory, name, schemas, chat) for name, factory in factories.items()}
+        if not factories:
+            self._kinds = {None: _Kind(None, (), tuple(schemas), has_reward=False)}
+
+    @property
+    def own_reward(self) -> bool:
+        """Whether an environment has `get_reward`."""
+        return any(kind.has_reward for kind in self._kinds.values())
+
+    async def __call__(self, ctx: Rollout) -> float | None:
+        kind = self._kind_of(ctx.task)
+        environment = await _call(kind.factory, _name(ctx, "its constructor")) if kind.factory else None
+        methods = {name: getattr(environment, name) for name in kind.methods}
+        tools = _Tools({**self._functions, **methods}, frozenset(methods))
+        try:
+            observation = await self._reset(ctx, environment) if kind.factory else None
+            ctx.start(_with_observation(ctx.task["prompt"], observation), kind.schemas)
+            try:
+                await self._turns(ctx, tools, environment)
+            except EpisodeTruncated:
+                if kind.has_reward:
+                    ctx.reward(await _reward_of(ctx, environment) or 0.0, name=type(environment).__name__)
+                raise
+            return await _reward_of(ctx, environment) if kind.has_reward else None
+        finally:
+            ctx.metric("tools/call", tools.calls)
+            ctx.metric("tools/failure", tools.failures)
+            await _close(ctx, environment)
+
+    def _kind_of(self, task: Mapping[str, Any]) -> _Kind:
+        name = task.get("environment") if self._by_column else None
+        if name not in self._kinds:
+            raise UserCodeError(
+                f"trl.environment_factory has no environment {name!r}, which is in the column `environment` of this "
+                f"row. It has: {', '.join(map(str, self._kinds))}."
+            )
+        return self._kinds[name]
+
+    async def _reset(self, ctx: Rollout, environment: Any) -> str | None:
+        row = {name: value for name, value in ctx.task.items() if not (self._by_column and name == "environment")}
+        parameters = inspect.signature(environment.reset).parameters.values()
+        takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        named = {p.name for p in parameters}
+        given = {name: value for name, value in row.items() if takes_all or name in named}
+        if "seed" in named:
+            given.setdefault("seed", ctx.seed)
+        observation = await _call(environment.reset, _name(ctx, "reset"), **given)
+        if observation is not None and not isinstance(observation, str):
+            raise UserCodeError(
+                f"{type(environment).__name__}.reset returned a value of type {type(observation).__name__}. "
+                "Return None, or a string, which is appended to the last message of the user."
+            )
+        return observation
+
+    async def _turns(self, ctx: Rollout, tools: _Tools, environment: Any) -> None:
+        turns_with_calls = 0
+        while True:
+            turn = await ctx.turn()
+            if not turn.tool_calls or turns_with_calls == self._limit:
+                return
+            turns_with_calls += 1
+            answers = await asyncio.gather(*(_answer(ctx, tools, call) for call in turn.tool_calls))
+            ctx.observe(*answers)
+            if getattr(environment, "done", None) and not callable(environment.done):
+                return
+
+
+# --- calling
+
+
+async def _answer(ctx: Rollout, tools: _Tools, call: ToolCall) -> dict[str, Any]:
+    """The message of the role tool that answers `call`."""
+    tools.calls += 1
+    try:
+        content = _as_content(await _result(ctx, tools, call))
+    except (Exception, SystemExit) as error:  # it is for the model to see what its call came to
+        tools.failures += 1
+        content = json.dumps({"error": str(error) or type(error).__name__}, ensure_ascii=False)
+    return {"role": "tool", "tool_call_id": call.id, "name": call.name, "content": content}
+
+
+async def _result(ctx: Rollout, tools: _Tools, call: ToolCall) -> Any:
+    function = tools.functions.get(call.name)
+    if function is None:
+        raise ValueError(f"there is no tool {call.name!r}; there are: {', '.join(sorted(tools.functions))}")
+    if call.arguments is None:
+        raise ValueError(f"the arguments are not a JSON object: {call.raw}")
+    inspect.signature(function).bind(**call.arguments)
+    if call.name in tools.methods and not inspect.iscoroutinefunction(function):
+        async with tools.in_turn:
+            return await _call(function, _name(ctx, call.name), **call.arguments)
+    return await _call(function, _name(ctx, call.name), **call.arguments)
+
+
+async def _call(function: Callable[..., Any], name: str, **arguments: Any) -> Any:
+    """Await an asynchronous function, run any other in a thread called `name`."""
+    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None)):  # noqa: B004  is it `async def __call__`
+        return await function(**arguments)
+    result = await in_thread(lambda: function(**arguments), name)
+    return await result if inspect.isawaitable(result) else result
+
+
+def _as_content(result: Any) -> str:
+    if isinstance(result, str):
+        return result
+    return json.dumps(result, ensure_ascii=False, default=str)
+
+
+def _name(ctx: Rollout, what: str) -> str:
+    return f"{what} of {ctx.group_id}, episode {ctx.index}"
+
+
+async def _reward_of(ctx: Rollout, environment: Any) -> float | None:
+    value = await _call(environment.get_reward, _name(ctx, "get_reward"))
+    value = value.item() if hasattr(value, "item") else value
+    if value is None or (isinstance(value, int | float) and math.isfinite(value)):
+        return value
+    raise UserCodeError(f"{type(environment).__name__}.get_reward returned {value!r}. Return a finite number, or None.")
+
+
+async def _close(ctx: Rollout, environment: Any) -> None:
+    close = getattr(environment, "close", None)
+    if close is None:
+        return
+    try:
+        async with asyncio.timeout(CLOSE_TIMEOUT_S):
+            await _call(close, _name(ctx, "close"))
+    except Exception as error:  # the episode is over, and this must not change how it ended
+        print(f"{_name(ctx, 'close')} failed: {type(error).__name__}: {error}", flush=True)
+
+
+# --- the prompt
+
+
+def _with_observation(prompt: str | Sequence[Mapping[str, Any]], observation: str | None) -> list[dict[str, Any]]:
+    """The messages of a prompt, with `observation` at the end of the user's last one."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
+    if not observation:
+        return messages
+    last = next((message for message in reversed(messages) if message["role"] == "user"), None)
+    if last is None:
+        return [*messages, {"role": "user", "content": observation}]
+    last["content"] = (last.get("content") or "") + observation
+    return messages
+
+
+# --- what the YAML names, checked
+
+
+def _standalone(config: Config) -> dict[str, Callable[..., Any]]:
+    functions: dict[str, Callable[..., Any]] = {}
+    for index, dotted in enumerate(config.trl.tools):
+        function = resolve(dotted, base_dir=config.base_dir, key=f"trl.tools[{index}]")
+        name = getattr(function, "__name__", dotted.rpartition(".")[2])
+        if name in functions:
+            raise UserCodeError(f"trl.tools[{index}] ({dotted}): two tools are called {name!r}. Rename one.")
+        functions[name] = function
+    return functions
+
+
+def _factories(config: Config) -> dict[str | None, Callable[[], Any]]:
+    named = config.trl.environment_factory
+    if named is None:
+        return {}
+    key = "trl.environment_factory"
+    if isinstance(named, str):
+        return {None: resolve(named, base_dir=config.base_dir, key=key)}
+    return {name: resolve(dotted, base_dir=config.base_dir, key=f"{key}.{name}") for name, dotted in named.items()}
+
+
+def _kind(factory: Callable[[], Any], name: str | None, schemas: list[dict[str, Any]], chat: Chat) -> _Kind:
+    """What one instance of the environment shows."""
+    key = "trl.environment_factory" + (f".{name}" if name else "")
+    try:
+        environment = factory()
+    except (Exception, SystemExit) as error:
+        raise UserCodeError(
+            f"{key}: making an environment failed.\n{user_traceback(error, hide=[__file__])}"
+        ) from error
+    kind = type(environment)
+    functions = dict(inspect.getmembers(kind, inspect.isfunction))
+    if "reset" not in functions:
+        raise UserCodeError(
+            f"{key} ({kind.__name__}) has no `reset`. Write `def reset(self, **row) -> str | None:` in it; it is called "
+            "before each episode with the row of the data set."
+        )
+    methods = tuple(member for member in functions if not member.startswith("_") and member not in _NOT_TOOLS)
+    taken = {schema["function"]["name"] for schema in schemas}
+    if twice := taken.intersection(methods):
+        raise UserCodeError(f"{key} ({kind.__name__}) and trl.tools both have {min(twice)!r}. Rename one.")
+    own = [_schema(getattr(environment, member), f"{kind.__name__}.{member}", chat) for member in methods]
+    return _Kind(factory, methods, (*schemas, *own), has_reward="get_reward" in functions)
+
+
+def _schema(function: Callable[..., Any], name: str, chat: Chat) -> dict[str, Any]:
+    """The JSON schema of a tool. UserCodeError that says which line is missing."""
+    parameters = inspect.signature(function).parameters.values()
+    for parameter in parameters:
+        if parameter.annotation is parameter.empty:
+            raise UserCodeError(
+                f"the tool {name} has no type hint for {parameter.name!r}, so the model cannot be told what to give. "
+                f"Write `{parameter.name}: str`, or whatever its type is."
+            )
+    arguments = "".join(f"\n            {p.name}: ..." for p in parameters)
+    write = 'Write under its `def` line:\n        """What it does.' + (
+        f"\n\n        Args:{arguments}" if arguments else ""
+    )
+    if not inspect.getdoc(function):
+        raise UserCodeError(
+            f'the tool {name} has no docstring, which tells the model what it does. {write}\n        """'
+        )
+    try:
+        return chat.tool_schema(function)
+    except (ValueError, TypeError) as error:
+        raise UserCodeError(
+            f'the tool {name} cannot be described to the model: {error} {write}\n        """'
+        ) from error
