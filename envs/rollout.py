@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from rlx.envs.chat import Chat, Message, Tool, normalised
-from rlx.envs.errors import EnvLost
+from rlx.envs.errors import EnvLost, EpisodeTruncated
 from rlx.envs.lease import Leased
 from rlx.envs.session import EnvSession
 from rlx.envs.state import EpisodeState, Line, OpenAIEndpoint, finite
@@ -178,9 +178,12 @@ class Rollout:
             self._state.metrics[str(key)] = finite(f"metric {key!r}", value)
 
     def fail(self, error: BaseException) -> None:
-        """End the episode with `error`, whatever the function makes of it."""
+        """End the episode with `error`, whatever the function makes of it. EpisodeTruncated lets other rows go on, but
+        what the function raises after it is because of it."""
         if isinstance(error, EnvLost):
             self._state.lose(error)
+        elif isinstance(error, EpisodeTruncated):
+            self._state.told_truncated = True
         else:
             self._state.failure = self._state.failure or error
 

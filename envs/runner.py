@@ -114,7 +114,7 @@ class EpisodeRunner:
 
     def _ended(self, state: EpisodeState, call: asyncio.Task[Any] | None, notes: list[str]) -> Episode:
         """How it ended; `call` is None where time ran out."""
-        if isinstance(state.failure, ServiceError | DeadlineExceeded):
+        if isinstance(state.failure, ServiceError | DeadlineExceeded | ConfigError):
             raise state.failure
         value, raised = (None, None) if call is None else _outcome(call)
         if isinstance(raised, ConfigError):
@@ -134,7 +134,7 @@ class EpisodeRunner:
             return "env_lost", str(lost)
         if out_of_time or late:
             return "timeout", f"the episode did not end within episodes.timeout, {self._settings.timeout:g} s"
-        if _only(EpisodeTruncated, raised):
+        if _only(EpisodeTruncated, raised) or (raised is not None and state.told_truncated):
             sampled = any(line.tape.num_sampled for line in state.lines)
             return ("truncated" if sampled else "aborted"), str(raised)
         if isinstance(raised, asyncio.CancelledError):

@@ -88,6 +88,8 @@ class EpisodeState:
         self.turns = 0
         self.calls = 0
         self.over_budget = False
+        self.told_truncated = False
+        """An agent that knows no EpisodeTruncated was told in its own terms."""
         self.lost: EnvLost | None = None
         self.failure: BaseException | None = None
         """What failed outside of the user's function and decides how the episode ends; of the service or endpoint."""
