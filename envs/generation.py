@@ -88,6 +88,6 @@ def sampling_changes(
 
 
 def _changes_nothing(name: str, value: Any, neutral: Mapping[str, Any]) -> bool:
-    if name in neutral:
+    if name in neutral and value is not None:
         return neutral[name] is ... or bool(neutral[name] == value)
     return value is None or value is False or (isinstance(value, list | tuple | dict) and not value)
