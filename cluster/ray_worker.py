@@ -63,6 +63,11 @@ class RayWorker:
         self._place: Place | None = None
         self._phase_since = time.monotonic()
 
+    @property
+    def handle(self) -> Any:
+        """Of the actor, for the episodes' processes, which sample there without a detour through the gateway."""
+        return self._actor
+
     async def start(self) -> None:
         """Make the actor, load the engine. The caller bounds the loading."""
         assert self._runtime.layout is not None, "nothing is reserved yet"

@@ -17,6 +17,7 @@ from typing import Any
 from rlx.cluster import watchdog
 from rlx.cluster.engines import EngineFactory, vllm_engine
 from rlx.cluster.progress import Say, say, shown
+from rlx.cluster.ray_episodes import RayEpisodes
 from rlx.cluster.ray_runtime import RayRuntime
 from rlx.cluster.ray_scorer import RayScorer
 from rlx.cluster.ray_worker import RayWorker, WeightParcel
@@ -53,7 +54,7 @@ async def serve(config: Config, *, engine: EngineFactory = vllm_engine, on_progr
     service = RolloutService(
         list(workers),
         RayScorer(config),
-        SingleTurn(),
+        RayEpisodes(config) if config.has_episodes else SingleTurn(),
         config.service,
         model=config.base_model,
         start_timeout_s=config.vllm.start_timeout,

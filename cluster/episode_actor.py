@@ -1,0 +1,142 @@
+"""The Ray actor that runs rollout functions, `rlx-episodes-0` and so on: the user's coroutines in a thread of their own.
+
+The actor's own event loop stays free: it watches the user's, and says who blocks it. `ray_episodes.RayEpisodes` is
+its other end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import sysconfig
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+
+from rlx.cluster.calls import call
+from rlx.cluster.output import write_output_to
+from rlx.config import Config
+from rlx.episode import Episode
+from rlx.errors import ServiceError
+from rlx.wire import Completion, GroupRequest, Sampling
+
+_BEAT_S = 0.25
+
+
+class Stalled(ServiceError):
+    """A rollout function blocks the process. `group` is the key of the group that it belongs to, or empty."""
+
+    def __init__(self, message: str, group: str = ""):
+        Exception.__init__(self, message, group)  # both, so that it can be pickled
+        self.group = group
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """`own_reward`: whether the episodes may bring a reward of their own."""
+
+    pid: int
+    own_reward: bool
+
+
+class EpisodeActor:
+    """Runs many groups at once."""
+
+    _label = "rlx-episodes"  # for Ray's messages about an actor that could not be made
+
+    def __init__(self, label: str, log: str):
+        self._label = label
+        write_output_to(Path(log))
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="episodes", daemon=True)
+        self._beat = time.monotonic()
+        self._stall_s = 0.0
+        self._runner: Any = None
+        self._parts: Any = None
+
+    def __repr__(self) -> str:
+        return self._label
+
+    async def load(self, config: Config, urls: Mapping[str, str]) -> Loaded:
+        """Import the user's function, the tokenizer and the environments; `urls` are those of servers started here."""
+        from rlx.envs.setup import set_up
+
+        self._stall_s = config.episodes.stall_timeout
+        self._thread.start()
+        self._parts = await self._in_thread(set_up(config, urls))
+        asyncio.run_coroutine_threadsafe(self._keep_beating(), self._loop)
+        return Loaded(os.getpid(), self._parts.own_reward)
+
+    async def run(self, worker: Any, name: str, request: GroupRequest) -> list[Episode]:
+        """The episodes of a group, sampled by the rollout actor `worker` called `name`. Raises Stalled."""
+
+        async def sample(request_id: str, prompt_ids: np.ndarray, sampling: Sampling) -> Completion:
+            ref = worker.generate.remote(request_id, prompt_ids, 1, sampling)
+            [completion] = await call(ref, f"worker {name}")
+            return completion
+
+        running = asyncio.ensure_future(self._in_thread(self._parts.runner.run(sample, request)))
+        watch = asyncio.ensure_future(self._watch())
+        try:
+            await asyncio.wait([running, watch], return_when=asyncio.FIRST_COMPLETED)
+            if not running.done():
+                watch.result()
+            return await running
+        finally:
+            running.cancel()
+            watch.cancel()
+
+    async def stuck(self) -> list[str]:
+        """Names of threads that go on although their episode is over."""
+        from rlx.envs.threads import stuck_threads
+
+        return stuck_threads()
+
+    async def close(self) -> None:
+        """Close the environments' sessions."""
+        if self._parts is not None:
+            await self._in_thread(self._parts.close())
+
+    async def _in_thread(self, coroutine: Any) -> Any:
+        """Run `coroutine` in the loop of the user's functions; a cancellation reaches it there."""
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, self._loop))
+
+    async def _keep_beating(self) -> None:
+        while True:
+            self._beat = time.monotonic()
+            await asyncio.sleep(_BEAT_S)
+
+    async def _watch(self) -> None:
+        """Raises Stalled when the user's loop has not turned for `episodes.stall_timeout` seconds."""
+        while (silent := time.monotonic() - self._beat) < self._stall_s:  # noqa: ASYNC110 - the other loop is the news
+            await asyncio.sleep(_BEAT_S)
+        task = asyncio.current_task(self._loop)
+        frame = sys._current_frames()[self._thread.ident or 0]
+        raise Stalled(
+            f"a rollout function blocked its process for {silent:.0f} s {_place_of(frame)}. Put an awaitable call "
+            "there, or `await asyncio.to_thread(...)`.",
+            task.get_name() if task else "",
+        )
+
+
+def _place_of(frame: FrameType | None) -> str:
+    """The innermost line of the user's code that `frame` stands in."""
+    library = sysconfig.get_paths()["stdlib"]
+    inner = frame
+    while frame is not None:
+        module, file = frame.f_globals.get("__name__", ""), frame.f_code.co_filename
+        users = module.startswith("rlx.dotted.") or not module.startswith("rlx.")
+        if users and not file.startswith((library, "<")):
+            return f"at {file}:{frame.f_lineno}, in {frame.f_code.co_name}"
+        frame = frame.f_back
+    return f"in {inner.f_code.co_qualname}" if inner is not None else ""

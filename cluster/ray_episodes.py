@@ -1,0 +1,216 @@
+"""Rollout functions in processes that can be killed: `rlx.rollout.worker.Episodes` over Ray actors.
+
+A process runs many groups. When it dies, or a function blocks it, it is killed and replaced; the groups that it ran
+begin anew on another one, at most `episodes.retries` times, and then count as aborted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+from collections.abc import Coroutine, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlx.cluster.calls import call
+from rlx.cluster.episode_actor import EpisodeActor, Loaded, Stalled
+from rlx.cluster.killable import KillableActor
+from rlx.cluster.ray_worker import RayWorker
+from rlx.config import Config
+from rlx.envs.threads import GRACE_S
+from rlx.episode import Episode
+from rlx.errors import ServiceError, ServiceUnavailable, UserCodeError
+from rlx.rewards.budget import FailureBudget
+from rlx.rollout.worker import Worker
+from rlx.wire import GroupRequest
+
+if TYPE_CHECKING:
+    from rlx.envs.openenv_server import EnvServers
+
+LOAD_TIMEOUT_S = 120.0
+CLOSE_TIMEOUT_S = 10.0
+STUCK_AFTER_S = 2 * GRACE_S
+_CONCURRENCY = 4096
+_log = logging.getLogger(__name__)
+
+
+class RayEpisodes:
+    """`episodes.processes` actors on the gateway's node, and the environment servers that the YAML starts."""
+
+    def __init__(self, config: Config):
+        self.own_reward = True
+        self._config = config
+        self._servers: EnvServers | None = None
+        self._processes = [_Process(index, config) for index in range(config.episodes.processes)]
+        share = config.episodes.failure_budget
+        self._budget = FailureBudget(share, key="episodes.failure_budget", items="episodes")
+
+    @property
+    def pids(self) -> list[int]:
+        return [pid for process in self._processes for pid in process.pids]
+
+    async def start(self) -> None:
+        urls: Mapping[str, str] = {}
+        if self._config.envs:
+            from rlx.envs.openenv_server import EnvServers
+
+            self._servers = EnvServers(self._config)
+            await self._servers.start()
+            urls = self._servers.urls
+        loaded = await asyncio.gather(*[process.start(urls) for process in self._processes])
+        self.own_reward = loaded[0].own_reward
+
+    async def run(self, worker: Worker, request: GroupRequest) -> list[Episode]:
+        assert isinstance(worker, RayWorker), "the workers of this service are Ray actors"
+        episodes = await self._run(worker, request)
+        self._budget.record(sum(e.scorable for e in episodes), 0)
+        for episode in episodes:
+            if not episode.scorable:
+                self._budget.record(0, 1, f"{episode.status}: {episode.error}", episode.status)
+        self._budget.check(self._who())
+        return episodes
+
+    async def close(self) -> None:
+        await asyncio.gather(*[process.close() for process in self._processes])
+        if self._servers is not None:
+            await self._servers.close()
+
+    async def _run(self, worker: RayWorker, request: GroupRequest) -> list[Episode]:
+        cause = ""
+        for attempt in range(self._config.episodes.retries + 1):
+            process = min(self._processes, key=lambda p: p.in_flight)
+            try:
+                return await process.run(worker, request)
+            except (Stalled, _Lost) as error:
+                cause = str(error)
+                if isinstance(error, Stalled) and error.group.startswith(request.key):
+                    break  # this group's own function blocks: it would again
+                _log.warning("group %s, attempt %d: %s", request.key, attempt + 1, cause)
+        aborted = Episode(rows=(), text="", status="aborted", turns=0, attempts=attempt + 1, error=cause)
+        return [aborted] * request.num_generations
+
+    def _who(self) -> str:
+        trl = self._config.trl
+        key = "trl.rollout_func" if trl.rollout_func else "trl.environment_factory" if trl.environment_factory else ""
+        return f"{key} ({trl.rollout_func or trl.environment_factory})" if key else "the episodes"
+
+
+class _Lost(ServiceUnavailable):
+    """The process is gone, with every group that it ran."""
+
+
+class _Generation:
+    """One life of a process. `in_flight` counts groups."""
+
+    def __init__(self, actor: KillableActor, loaded: Loaded):
+        self.actor, self.loaded, self.in_flight = actor, loaded, 0
+
+
+class _Process:
+    """An actor, replaced when it hangs, dies, or runs functions that do not end."""
+
+    def __init__(self, index: int, config: Config):
+        self._name = f"rlx-episodes-{index}"
+        self._config = config
+        self._urls: Mapping[str, str] = {}
+        self._log = Path(config.output_dir).absolute() / "logs" / f"{self._name}.log"
+        self._now: _Generation | None = None
+        self._retired: set[_Generation] = set()
+        self._starting = asyncio.Lock()
+        self._lives = itertools.count()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def pids(self) -> list[int]:
+        """Of the process, and of retired ones that still run."""
+        return [life.actor.pid for life in (self._now, *self._retired) if life is not None]
+
+    @property
+    def in_flight(self) -> int:
+        return self._now.in_flight if self._now else 0
+
+    async def start(self, urls: Mapping[str, str]) -> Loaded:
+        self._urls = urls
+        return (await self._running()).loaded
+
+    async def run(self, worker: RayWorker, request: GroupRequest) -> list[Episode]:
+        """Raises _Lost when the process died, Stalled when it was killed because a function blocked it."""
+        life = await self._running()
+        life.in_flight += 1
+        try:
+            ref = life.actor.handle.run.remote(worker.handle, worker.name, request)
+            episodes: list[Episode] = await call(ref, self._name, hint=f". Its log: {self._log}")
+        except Stalled:
+            self._end(life)
+            raise
+        except ServiceUnavailable as error:
+            if not str(error).startswith(self._name):
+                raise  # of a worker
+            self._end(life)
+            raise _Lost(str(error)) from None
+        finally:
+            life.in_flight -= 1
+            if life in self._retired and not life.in_flight:
+                self._end(life)
+        if any(episode.status == "timeout" for episode in episodes):
+            self._later(self._retire_if_stuck(life))
+        return episodes
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        lives = [*self._retired, *([self._now] if self._now else [])]
+        for life in lives:
+            with contextlib.suppress(ServiceError):  # it is killed next
+                await call(life.actor.handle.close.remote(), self._name, CLOSE_TIMEOUT_S)
+            self._end(life)
+
+    async def _retire_if_stuck(self, life: _Generation) -> None:
+        """A thread that goes on although its episode is over cannot be ended alone: new groups go to a new process,
+        and this one ends after those that it has."""
+        await asyncio.sleep(STUCK_AFTER_S)
+        try:
+            stuck = await call(life.actor.handle.stuck.remote(), self._name, CLOSE_TIMEOUT_S)
+        except ServiceError as error:
+            _log.warning("%s: %s", self._name, error)
+            return
+        if stuck and life is self._now:
+            _log.warning("%s is replaced, as these do not end: %s", self._name, ", ".join(stuck))
+            self._now = None
+            self._retired.add(life)
+            if not life.in_flight:
+                self._end(life)
+
+    def _later(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _running(self) -> _Generation:
+        async with self._starting:
+            if self._now is None:
+                self._now = await self._begin()
+            return self._now
+
+    async def _begin(self) -> _Generation:
+        life = next(self._lives)  # a retired one may still be there, with its name
+        actor = KillableActor(f"{self._name}.{life}" if life else self._name)
+        handle = await actor.create(EpisodeActor, actor.label, str(self._log), max_concurrency=_CONCURRENCY)
+        try:
+            loading = handle.load.remote(self._config, self._urls)
+            loaded: Loaded = await call(loading, self._name, LOAD_TIMEOUT_S, f". Its log: {self._log}")
+        except BaseException as error:  # whatever ends the loading ends the process, too
+            actor.kill()
+            if isinstance(error, ServiceUnavailable):
+                raise UserCodeError(f"{error}, while the rollout function was imported") from None
+            raise
+        actor.runs_as(loaded.pid)
+        return _Generation(actor, loaded)
+
+    def _end(self, life: _Generation) -> None:
+        self._retired.discard(life)
+        if self._now is life:
+            self._now = None
+        life.actor.kill()
