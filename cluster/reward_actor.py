@@ -35,7 +35,7 @@ class _Confined:
 
     def __init__(self, log: Path, memory_gib: float):
         write_output_to(log)
-        self._pid, self._log = os.getpid(), os.open(log, os.O_RDWR | os.O_APPEND)
+        self._pid, self._log = os.getpid(), log
         if os.getpgrp() != self._pid:
             os.setpgid(0, 0)
         watchdog.guard()
@@ -56,13 +56,13 @@ class _Confined:
             signal.setitimer(signal.ITIMER_REAL, 0)
             if in_main_thread:
                 signal.signal(signal.SIGALRM, handler)
-            shorten(self._log, LOG_BYTES)
+            shorten(self._log)
 
     def _keep_log_short(self) -> None:
         """For a call that prints without end; ends with the process."""
         while True:
             time.sleep(_LOOK_INTERVAL_S)
-            shorten(self._log, LOG_BYTES)
+            shorten(self._log)
 
 
 class RewardActor:
@@ -103,13 +103,17 @@ class AsyncRewardActor(RewardActor):
             return await self._worker.score_beside(request, timeout_s)
 
 
-def shorten(file: int, bound: int) -> None:
-    """Keep the last half of `bound` bytes of an open file that has more. Who appends to it goes on behind them."""
-    size = os.fstat(file).st_size
-    if size > bound:
+def shorten(log: Path, bound: int = LOG_BYTES) -> None:
+    """Keep the last half of `bound` bytes of a file that has more. Who appends to it goes on behind them."""
+    if not log.exists() or (size := log.stat().st_size) <= bound:
+        return
+    file = os.open(log, os.O_RDWR | os.O_APPEND)
+    try:
         rest = os.pread(file, bound // 2, size - bound // 2)
         os.ftruncate(file, 0)
         os.write(file, b"[earlier output was removed]\n" + rest)
+    finally:
+        os.close(file)
 
 
 def _data_bytes() -> int:

@@ -21,7 +21,7 @@ from typing import Any
 
 from rlx.cluster.calls import call
 from rlx.cluster.killable import KillableActor
-from rlx.cluster.reward_actor import AsyncRewardActor, RewardActor
+from rlx.cluster.reward_actor import AsyncRewardActor, RewardActor, shorten
 from rlx.config import Config
 from rlx.config.sections import RewardLimits
 from rlx.errors import DeadlineExceeded, RlxError, ServiceError, ServiceUnavailable, UserCodeError
@@ -212,3 +212,4 @@ class _Process:
         if self.actor.pid:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.actor.pid, signal.SIGKILL)
+        shorten(self.log)

@@ -107,6 +107,10 @@ def misbehaves(completions, log_metric, **kwargs):
         for _ in range(100):
             print("x" * 2**20)
         os.system("echo from a child")
+    elif what == "prints without end":
+        while True:
+            print("x" * 2**20)
+            time.sleep(0.01)
     log_metric("pid", os.getpid())
     log_metric("is default", signal.getsignal(signal.SIGALRM) is signal.SIG_DFL)
     return [float(pid == os.getpid())] * len(completions)

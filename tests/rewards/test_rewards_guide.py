@@ -5,6 +5,7 @@ from pathlib import Path
 
 import yaml
 
+from rlx.config.sections import RewardsSection
 from rlx.rewards.scoring import CONTRACT_ARGUMENTS, load_reward
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text()
@@ -22,11 +23,18 @@ def test_the_snippet_for_trying_a_function_alone_prints_what_it_says(tmp_path, m
 
 
 def test_the_functions_of_the_example_yaml_load(tmp_path):
-    (config,) = [yaml.safe_load(code) for language, code in BLOCKS if language == "yaml"]
+    (config,) = [yaml.safe_load(code) for language, code in BLOCKS if language == "yaml" and "trl:" in code]
     (function,) = [code for _, code in BLOCKS if "def exact_match" in code]
     (tmp_path / "rewards.py").write_text(function)
     for name in config["trl"]["reward_funcs"]:
         assert load_reward(name, tmp_path, "key").name == name
+
+
+def test_the_limits_of_the_example_yaml_are_settings():
+    (config,) = [yaml.safe_load(code) for language, code in BLOCKS if language == "yaml" and "timeout:" in code]
+    settings = RewardsSection(**config["rewards"])
+    assert settings.functions["rewards.exact_match"].timeout == 5
+    assert set(config["rewards"]) == set(RewardsSection.model_fields)
 
 
 def test_every_built_in_reward_in_the_table_loads():
