@@ -7,6 +7,7 @@ import contextlib
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -16,7 +17,9 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 from tiny_models import make_tiny_tokenizer
 
+from rlx.config import load_config
 from rlx.config.sections import EpisodesSection
+from rlx.dotted import resolve
 from rlx.envs import openai_api
 from rlx.envs.chat import Chat
 from rlx.envs.openai_api import Endpoint, OpenAIEndpoint
@@ -376,6 +379,23 @@ async def test_episodes_of_a_group_are_told_apart_by_their_keys(stage: Stage) ->
     assert [episode.reward for episode in episodes] == [1.0] * 4
     assert [stage.chat.decode(episode.rows[0].ids) for episode in episodes] == [f"You are {i}" for i in range(4)]
     policy.check(*episodes)
+
+
+async def test_the_example_agent_checks_its_sums_and_is_trained_on_both_tries(endpoint: Endpoint) -> None:
+    examples = Path(__file__).parents[2] / "examples"
+    function = resolve("train.rollout", base_dir=examples / "openai_agent", key="trl.rollout_func")
+    characters = resolve("characters.build_tokenizer", base_dir=examples / "quickstart", key="test")
+    chat = Chat(characters())
+    chat.check()
+    policy = Policy(chat, in_turn("75", "85"))
+    prompt = [{"role": "user", "content": "47+38="}]
+    trl = load_config(examples / "openai_agent" / "openai_agent.yaml").trl
+    request = GroupRequest("key", prompt, chat.start(prompt), 1, Sampling(trl.max_completion_length), {"answer": "85"})
+    runner = EpisodeRunner(function, chat, EpisodesSection(timeout=30), max_model_len=128, endpoint=endpoint)
+    [episode] = await runner.run(policy, request)
+    assert (episode.status, episode.reward, len(episode.rows), episode.turns) == ("ok", 1.0, 1, 2), episode.error
+    assert episode.rows[0].prompt_ids is None
+    policy.check(episode)
 
 
 # --- sampling
