@@ -23,12 +23,15 @@ def rollout_test_main(config: Config, overrides: list[str], row: int) -> int:
     """Show an episode of data set row `row`; the exit status is 1 when it failed."""
     if not _service_answers(config):
         return with_service(config, overrides, ("rollout", "test", str(config.path), "--row", str(row)))
+    import datasets
+
     from rlx.learner.data import prompt_at
     from rlx.learner.stream import sampling_of
     from rlx.rollout.auth import service_token
     from rlx.rollout.client import ClientTimeouts, RolloutClient
     from rlx.tokenizer import load_tokenizer
 
+    datasets.disable_progress_bars()
     tokenizer = load_tokenizer(config)
     prompt = prompt_at(config, tokenizer, row)
     client = RolloutClient(config.base_url, service_token(), ClientTimeouts())

@@ -124,7 +124,7 @@ async def test_a_function_that_blocks_is_named_with_its_line_and_the_process_rep
         blocked = await episodes.run(worker, request("guilty", what="blocks"))
         assert time.monotonic() - start < 15
         assert [e.status for e in blocked] == ["aborted"] * 2
-        assert "functions.py:14, in misbehaves" in blocked[0].error
+        assert "functions.py:15, in misbehaves" in blocked[0].error
         assert [e.status for e in await innocent] == ["ok"] * 2, "groups beside it begin anew on a fresh process"
 
 
