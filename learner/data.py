@@ -21,6 +21,7 @@ from rlx.config import Config
 from rlx.config.sections import DatasetSection
 from rlx.dotted import resolve, user_traceback
 from rlx.errors import DatasetError, UserCodeError
+from rlx.learner import reasoning_gym
 
 _SUFFIXES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow", ".txt": "text"}
 
@@ -97,6 +98,8 @@ def _load_one(config: Config, section: DatasetSection, key: str, tokenizer: Toke
 
 
 def _read(config: Config, section: DatasetSection, key: str) -> datasets.Dataset:
+    if section.path and section.path.startswith(reasoning_gym.PREFIX):
+        return reasoning_gym.read_task(config, section, key)
     cache = config.local(config.dataset_prepared_path) if config.dataset_prepared_path else None
     local = config.local(section.path) if section.path else None
     files = _files(config, section, key, local)
