@@ -164,7 +164,7 @@ async def _result(ctx: Rollout, tools: _Tools, call: ToolCall) -> Any:
     return await _call(function, _name(ctx, call.name), **call.arguments)
 
 
-async def _call(function: Callable[..., Any], name: str, **arguments: Any) -> Any:
+async def _call(function: Callable[..., Any], name: str, /, **arguments: Any) -> Any:
     """Await an asynchronous function, run any other in a thread called `name`."""
     if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None)):  # noqa: B004  is it `async def __call__`
         return await function(**arguments)
