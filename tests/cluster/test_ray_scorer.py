@@ -259,10 +259,12 @@ async def test_an_alarm_ends_with_the_call(bad):
     assert bad.functions[0].pids == pids
 
 
-async def test_a_process_that_dies_of_its_alarm_has_crashed(bad):
+async def test_a_process_that_dies_of_its_alarm_has_crashed_and_detached_children_end_with_it(bad):
+    _, metrics = await score(bad, "leaves children")
     outcome, _ = await score(bad, "dies of an alarm")
     assert outcome.outcome == "crash"
     assert (await score(bad, "nothing"))[0].outcome == "ok"
+    assert await comes_true(gone(metrics["child"], metrics["detached"]))
 
 
 async def test_a_call_that_blocks_in_c_and_its_children_are_killed(bad):
