@@ -12,7 +12,7 @@ from rich.table import Table
 from rlx.cluster.layout import plan_layout, this_machine
 from rlx.config import Config, make_plan
 from rlx.config.plan import count_parameters, estimate_memory
-from rlx.errors import DatasetError, ModelError, RlxError, UserCodeError
+from rlx.errors import ConfigError, DatasetError, ModelError, RlxError, UserCodeError
 
 
 @dataclass
@@ -31,8 +31,10 @@ def check_main(config: Config, num_processes: int) -> int:
     plan = make_plan(config, num_processes)
     layout = plan_layout(this_machine(), config, num_processes)
     found.lines.append(f"devices: {layout.describe()}")
-    row = _check_data(config, found)
+    row, tokenizer = _check_data(config, found)
     _check_rewards(config, row, found)
+    if config.has_episodes:
+        _check_episodes(config, tokenizer, found)
     for line in found.lines:
         console.print(f"ok    {line}", markup=False, soft_wrap=True)
     for line in (*plan.notes, *found.unchecked):
@@ -45,8 +47,8 @@ def check_main(config: Config, num_processes: int) -> int:
     return 0
 
 
-def _check_data(config: Config, found: _Findings) -> dict[str, Any] | None:
-    """The first transformed row, or None when the data or the tokenizer cannot be had here."""
+def _check_data(config: Config, found: _Findings) -> tuple[dict[str, Any] | None, Any]:
+    """The first transformed row and the tokenizer, each None when it cannot be had here."""
     import datasets
 
     from rlx.hub import located
@@ -72,7 +74,7 @@ def _check_data(config: Config, found: _Findings) -> dict[str, Any] | None:
             _check_transform_names(config, found)
         else:
             found.errors.append(error)
-        return None
+        return None, tokenizer
     found.lines.append(
         f"first row: prompt {row['prompt']!r:.120}, columns {', '.join(k for k in row if k != 'prompt') or 'none'}"
     )
@@ -82,7 +84,7 @@ def _check_data(config: Config, found: _Findings) -> dict[str, Any] | None:
             found.lines.append(f"first prompt: {length} tokens of at most {config.max_prompt_length}")
         except DatasetError as error:
             found.errors.append(error)
-    return row
+    return row, tokenizer
 
 
 def _check_transform_names(config: Config, found: _Findings) -> None:
@@ -116,6 +118,25 @@ def _check_rewards(config: Config, row: dict[str, Any] | None, found: _Findings)
             )
         except UserCodeError as error:
             found.errors.append(error)
+
+
+def _check_episodes(config: Config, tokenizer: Any, found: _Findings) -> None:
+    from rlx.envs.chat import Chat
+    from rlx.envs.load import load_rollout
+
+    if tokenizer is None:
+        found.unchecked.append("not checked: how episodes are made, because there is no tokenizer")
+        return
+    trl = config.trl
+    named = trl.rollout_func or trl.environment_factory or ", ".join(trl.tools) or f"envs[0] ({config.envs[0].name})"
+    try:
+        chat = Chat(tokenizer, trl.chat_template_kwargs)
+        rollout = load_rollout(config, chat)
+        if rollout.many_turns:
+            chat.check(config)
+        found.lines.append(f"episodes: {named}" + (", several turns" if rollout.many_turns else ""))
+    except (UserCodeError, ConfigError) as error:
+        found.errors.append(error)
 
 
 def _reply(text: str) -> dict[str, str]:

@@ -76,14 +76,14 @@ class Rollout:
     def start(self, messages: Sequence[Message] | None = None, tools: Sequence[Tool] | None = None) -> None:
         """Open a row with `messages`; None is the group's own prompt."""
         request = self._state.request
-        own = request.prompt if isinstance(request.prompt, list) else None
+        own = list(request.prompt) if isinstance(request.prompt, list) else None
         given = own if messages is None else list(messages)
         if given is None and tools:
             raise ValueError("start: tools need messages, and the prompt of this row is text. Give it as messages.")
         group_prompt = not tools and (messages is None or given == own)
         ids = request.prompt_ids if group_prompt else self.chat.start(given or (), tools)
         tape = Tape(ids, group_prompt=group_prompt)
-        self._open(Line(tape, given or [], list(tools) if tools else None, plain=given is None))
+        self._open(Line(tape, list(given or ()), list(tools) if tools else None, plain=given is None))
 
     async def turn(self, **sampling: Any) -> Turn:
         """Sample the policy's next turn; fields of Sampling given here are for this turn only.

@@ -109,6 +109,7 @@ async def test_episodes_run_beside_each_other_in_a_process_of_their_own(tmp_path
                 assert e.reward == float(row.versions[0][1])
                 assert [v for v, _ in row.versions] == [0, -1, 0]
                 assert np.isfinite(row.logprobs[row.mask]).all()
+                assert [m["role"] for m in e.completion] == ["assistant", "user", "assistant"], "its own, no other's"
         assert len({e.text for group in results for e in group}) > 3, "every episode is sampled for itself"
         [pid] = pids
     assert pid not in descendants(1)
