@@ -10,6 +10,7 @@ is data (`rlx.envs.data_text`). Without a chat template there are no turns: text
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ import numpy as np
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import get_json_schema
+from transformers.utils.chat_template_utils import DocstringParsingException, TypeHintParsingException
 
 from rlx.config import Config
 from rlx.envs import template_check
@@ -59,14 +61,13 @@ class Chat:
             )
         self.tokenizer = tokenizer
         self._template_kwargs = dict(template_kwargs or {})
-        added = {token.content: token.special for token in tokenizer.added_tokens_decoder.values()}
-        template = self.template or ""
-        header = self.render([{"role": "user", "content": "x"}]) if template else ""
-        guarded = {name for name, special in added.items() if name and (special or name in header)}
-        markup = {name for name in added if name and name in template}
-        self._special = sorted((name for name, special in added.items() if name and special), key=len, reverse=True)
+        added = {token.content: token.special for token in tokenizer.added_tokens_decoder.values() if token.content}
+        special = {name for name, is_special in added.items() if is_special}
+        self._special = sorted(special, key=len, reverse=True)
         self._special_ids = set(tokenizer.convert_tokens_to_ids(self._special))
-        self._data = DataText(tokenizer.backend_tokenizer, guarded, markup)
+        headers = {name for name in added if any(part.startswith(name) for part in self._headers())}
+        markup = {name for name in added if name in (self.template or "")}
+        self._data = DataText(tokenizer.backend_tokenizer, special | headers, markup)
         self._rendered_roles: set[str] = set()
 
     @property
@@ -84,10 +85,18 @@ class Chat:
     def check(self, config: Config | None = None) -> None:
         """ConfigError unless every turn is rendered the same wherever it stands, which bridges rely on; it names the
         template that works. Without a template there is nothing to check."""
-        if self.template is None or (fault := self._fault) is None:
+        if self.template is None or (fault := self.fault) is None:
             return
         where = f"{config.path}: " if config else ""
         raise ConfigError(f"{where}chat_template: {fault} {self._advice}")
+
+    @staticmethod
+    def tool_schema(function: Callable[..., Any]) -> Message:
+        """The JSON schema of a tool, from its type hints and docstring; ValueError says what they lack."""
+        try:
+            return dict(get_json_schema(function))
+        except (DocstringParsingException, TypeHintParsingException) as error:
+            raise ValueError(str(error)) from error
 
     def start(self, messages: Sequence[Message], tools: Sequence[Tool] | None = None) -> np.ndarray:
         """Token ids int32 [P] of a conversation up to where the assistant speaks. UserCodeError when the template
@@ -172,6 +181,17 @@ class Chat:
 
     # --- the parts of a bridge
 
+    def _headers(self) -> list[str]:
+        """What the template begins a user's and the assistant's turn with; in some families no special token."""
+        if self.template is None:
+            return []
+        try:
+            user = self.render([_QUESTION], generation_prompt=False)
+            assistant = self.render([_QUESTION])
+        except TemplateRefused:  # said again, with the messages, when it is asked to render some
+            return []
+        return [user.removeprefix(self.tokenizer.bos_token or ""), assistant.removeprefix(user)]
+
     def _ending(self, messages: list[Message], calls: Sequence[Message], tools: list[Message] | None) -> _Ending:
         mark = f"{self._data.nonce}a"
         answers = [message for message in messages if message["role"] == "tool"]
@@ -186,11 +206,11 @@ class Chat:
             return self._cut([_QUESTION, turn], messages, tools, mark)
 
     def _cut(self, opening: list[Message], messages: list[Message], tools: list[Message] | None, mark: str) -> _Ending:
+        self._nothing_dropped(messages, tools)
         alone = self.render(opening, tools, generation_prompt=False).rpartition(mark)[2]
         whole = self.render([*opening, *messages], tools)
         if mark not in whole:
             raise TemplateRefused("the chat template leaves out the assistant's turn")
-        self._nothing_dropped(messages, tools)
         after = whole.rpartition(mark)[2]
         of_turn = _common_prefix(alone, after)
         calls = bool(opening[-1].get("tool_calls"))
@@ -260,16 +280,23 @@ class Chat:
         return message
 
     @cached_property
-    def _fault(self) -> str | None:
-        return template_check.fault(self)
+    def fault(self) -> str | None:
+        """What is wrong with the template for more than one turn; None when nothing."""
+        try:
+            return template_check.fault(self)
+        except TemplateRefused as error:
+            return f"{error}."
 
     @property
     def _advice(self) -> str:
-        name = _shipped_name(self.template)
-        if name and (template_folder() / f"{name}_training.jinja").is_file():
-            return f"Set `chat_template: {name}_training`, which does not."
+        name = f"{_shipped_name(self.template)}_training"
+        if (template_folder() / f"{name}.jinja").is_file():
+            other = copy.copy(self.tokenizer)
+            other.chat_template = _shipped(name)
+            if Chat(other, self._template_kwargs).fault is None:
+                return f"Set `chat_template: {name}`, which keeps it as it is."
         return (
-            "TRL ships no training variant of it: write your own in chat_template_jinja, one that renders every turn "
+            "No template that TRL ships is a variant of it that works: write your own in chat_template_jinja, one that renders every turn "
             "the same wherever it stands, thinking and tool calls included."
         )
 

@@ -83,8 +83,8 @@ def _renamed(core: Tokenizer, names: dict[str, str]) -> tuple[Tokenizer, dict[in
     copy = Tokenizer.from_str(json.dumps(spec))
     copy.no_truncation()
     copy.no_padding()
-    ids = {copy.token_to_id(new): core.token_to_id(old) for old, new in names.items()}
-    return copy, {new: old for new, old in ids.items() if new != old}
+    ids = [(copy.token_to_id(new), core.token_to_id(old)) for old, new in names.items()]
+    return copy, {new: old for new, old in ids if new is not None and old is not None and new != old}
 
 
 def _touches(merge: str | list[str], names: dict[str, str]) -> bool:

@@ -245,7 +245,8 @@ class Rollout:
     def _spoken(self, line: Line, completion: Completion) -> Turn:
         goes_on = line.phase == "open"
         ids = line.tape.ids()
-        text, calls = completion.text, ()
+        text = completion.text
+        calls: tuple[ToolCall, ...] = ()
         message: Message = {"role": "assistant", "content": text}
         if line.tools:
             parsed = self.chat.parse(ids[line.turn_start :], ids[: line.turn_start], line.tools, self._state.calls)

@@ -25,8 +25,9 @@ from rlx.dotted import user_traceback
 from rlx.envs.chat import Chat
 from rlx.envs.errors import EnvLost, EpisodeTruncated
 from rlx.envs.rollout import Rollout
-from rlx.envs.state import Endpoint, Environments, EpisodeState, Sample, new_deadline
-from rlx.episode import Episode, Status
+from rlx.envs.session import Environments
+from rlx.envs.state import Endpoint, EpisodeState, Sample, new_deadline
+from rlx.episode import SCORABLE, Episode, Status
 from rlx.errors import ConfigError, DeadlineExceeded, ServiceError, UserCodeError
 from rlx.wire import GroupRequest
 
@@ -123,8 +124,8 @@ class EpisodeRunner:
         completion = self._completion(state)
         if status == "ok":
             status, error = _judged(state, value, completion)
-        if status in ("aborted", "timeout"):
-            completion, state.extra, value = None, {}, None
+        if status not in SCORABLE:
+            completion, state.extra = None, {}
         error = "\n".join([error, *notes]).strip()
         return _episode(state, status, error, value, completion)
 
@@ -146,13 +147,12 @@ class EpisodeRunner:
 
 async def _stopped(call: asyncio.Task[Any]) -> list[str]:
     """Cancel `call` unless it is done, and wait until it is; a sentence where it does not end."""
+    call.add_done_callback(lambda task: task.cancelled() or task.exception())  # else asyncio complains of it later
+    if not call.done():
+        call.cancel()
+        await asyncio.wait({call}, timeout=GRACE_S)
     if call.done():
         return []
-    call.cancel()
-    await asyncio.wait({call}, timeout=GRACE_S)
-    if call.done():
-        return []
-    call.add_done_callback(lambda task: task.cancelled() or task.exception())
     return [f"the rollout function did not end within {GRACE_S:g} s of being cancelled; it is left running"]
 
 
@@ -164,7 +164,7 @@ def _outcome(call: asyncio.Task[Any]) -> tuple[Any, BaseException | None]:
 
 def _judged(state: EpisodeState, value: Any, completion: Any) -> tuple[Status, str]:
     """The status of an episode whose function returned `value`."""
-    if value is not None and not isinstance(value, numbers.Real | np.number | np.bool_):
+    if value is not None and not isinstance(value, numbers.Real | np.bool_):
         kind = type(value).__name__
         return "aborted", f"trl.rollout_func returned a {kind}, {value!r:.80}. Return the reward as a number, or None."
     if value is not None and not math.isfinite(value):
@@ -184,9 +184,9 @@ def _judged(state: EpisodeState, value: Any, completion: Any) -> tuple[Status, s
 
 
 def _episode(state: EpisodeState, status: Status, error: str, value: Any, completion: Any) -> Episode:
-    own = float(value) if value is not None else None
-    if own is None and state.rewards:
-        own = sum(reward.value for reward in state.rewards)
+    own = None
+    if status in SCORABLE and (value is not None or state.rewards):
+        own = math.fsum(reward.value for reward in state.rewards) if value is None else float(value)
     texts = [piece for line in state.lines for piece in line.spoken if isinstance(piece, str)]
     return Episode(
         rows=tuple(line.tape.row() for line in state.lines if line.tape.num_sampled),

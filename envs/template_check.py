@@ -7,17 +7,8 @@ from typing import Any, Protocol
 from rlx.errors import RlxError
 
 _USER, _TEXT, _THOUGHT, _VALUE = "rlxquestion", "rlxanswer", "rlxthought", "rlxvalue"
-_ANSWERS = {
-    "an answer": {"role": "assistant", "content": _TEXT},
-    "an answer with thinking": {"role": "assistant", "content": f"<think>\n{_THOUGHT}\n</think>\n\n{_TEXT}"},
-}
-_CALL = {
-    "role": "assistant",
-    "content": f"<think>\n{_THOUGHT}\n</think>\n\n{_TEXT}",
-    "tool_calls": [
-        {"id": "call00000", "type": "function", "function": {"name": "rlxtool", "arguments": {"key": _VALUE}}}
-    ],
-}
+_THINKING = f"<think>\n{_THOUGHT}\n</think>\n\n"
+_CALLS = [{"id": "call00000", "type": "function", "function": {"name": "rlxtool", "arguments": {"key": _VALUE}}}]
 _RESULT = {"role": "tool", "name": "rlxtool", "tool_call_id": "call00000", "content": "rlxresult"}
 _TOOL = {
     "type": "function",
@@ -36,46 +27,59 @@ class Renders(Protocol):
 
 
 def fault(chat: Renders) -> str | None:
-    """What the template does to an earlier turn once another follows; None when it leaves it alone."""
-    for what, answer in _ANSWERS.items():
-        if found := _of_turn(chat, what, [_user()], answer, _TEXT, [_user()], None):
-            return found
+    """What the template does to a turn that keeps a conversation from being continued; None when nothing."""
+    plain = {"role": "assistant", "content": _TEXT}
+    thinking = {"role": "assistant", "content": _THINKING + _TEXT}
+    found = _changed(chat, "an answer", plain, _TEXT, _user()) or _changed(
+        chat, "an answer with thinking", thinking, _TEXT, _user()
+    )
+    if found:
+        return found
+    if _THOUGHT not in chat.render([_user(), thinking, _user()]):
+        return "the template leaves the thinking out of an answer, so that it is not rendered as it was sampled."
+    prompt = chat.render([_user()])
+    if not any(chat.render([_user(), answer], None, False).startswith(prompt) for answer in (plain, thinking)):
+        return "the template begins an answer otherwise than the generation prompt does."
     if not renders_tools(chat):
         return None
-    return _of_turn(chat, "a tool call", [_user()], _CALL, _VALUE, [_RESULT], [_TOOL])
+    call = {"role": "assistant", "content": "", "tool_calls": _CALLS}
+    return _changed(chat, "a tool call", call, _VALUE, _RESULT, [_TOOL]) or _changed(
+        chat, "a tool call with thinking", {**call, "content": _THINKING}, _VALUE, _RESULT, [_TOOL]
+    )
 
 
 def renders_tools(chat: Renders) -> bool:
     """Whether tool calls and their results stand in what the template writes."""
     try:
-        text = chat.render([_user(), {**_CALL, "content": ""}, _RESULT], [_TOOL])
+        text = chat.render([_user(), {"role": "assistant", "content": "", "tool_calls": _CALLS}, _RESULT], [_TOOL])
     except RlxError:  # a template that refuses these messages says so by raising
         return False
     return all(part in text for part in ("rlxtool", _VALUE, "rlxresult"))
 
 
-def _of_turn(
+def _changed(
     chat: Renders,
     what: str,
-    before: list[dict[str, Any]],
     turn: dict[str, Any],
     mark: str,
-    after: list[dict[str, Any]],
-    tools: list[dict[str, Any]] | None,
+    reply: dict[str, Any],
+    tools: list[dict[str, Any]] | None = None,
 ) -> str | None:
-    """`mark` ends what the policy writes of `turn`. Each state of the conversation must begin like the one before."""
-    last = {"role": "assistant", "content": f"{_TEXT}2"}
-    prompt = chat.render(before, tools)
-    alone, stem = _until(mark, chat.render([*before, turn], tools, False)), [*before, turn, *after]
-    followed = chat.render(stem, tools)
-    later = chat.render([*stem, last, _user()], tools)
-    if _THOUGHT in turn["content"] and _THOUGHT not in alone:
-        return f"the template leaves the thinking out of {what}, so that a turn is not rendered as it was sampled."
-    if not alone.startswith(prompt):
-        return f"the template writes {what} otherwise than its generation prompt begins it."
-    if _until(mark, followed) != alone or not later.startswith(followed):
-        return f"the template renders {what} otherwise once more turns follow."
-    return None
+    """Whether `turn`, of which `mark` is the last that the policy writes, changes as the conversation goes on."""
+    answer = {"role": "assistant", "content": "rlxlast"}
+    alone = chat.render([_user(), turn], tools, generation_prompt=False)
+    followed = chat.render([_user(), turn, reply], tools)
+    later = chat.render([_user(), turn, reply, answer, _user()], tools)
+    same = _until(mark, alone) == _until(mark, followed) == _until(mark, later)
+    end = len(followed) - len(_tail(chat, tools))
+    if same and later[:end] == followed[:end]:
+        return None
+    return f"the template renders {what} otherwise once more turns follow."
+
+
+def _tail(chat: Renders, tools: list[dict[str, Any]] | None) -> str:
+    """The generation prompt."""
+    return chat.render([_user()], tools).removeprefix(chat.render([_user()], tools, generation_prompt=False))
 
 
 def _until(mark: str, text: str) -> str:
