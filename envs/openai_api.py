@@ -129,7 +129,7 @@ class _Episode:
 
     def __init__(self, ctx: Rollout):
         self.ctx = ctx
-        self.texts = _Texts(ctx.chat.tokenizer)
+        self.texts = shapes.TextPrompts(ctx.chat.tokenizer)
         self.conversations: dict[str, list[Json]] = {}
         """Of /v1/responses, by the id of the response that they end with."""
         self._running: set[asyncio.Task[Json]] = set()
@@ -165,29 +165,6 @@ class _Episode:
                 raise Refused("the episode has reached its deadline", 504, "timeout") from None
             self.ctx.fail(error)
             raise Refused(f"{type(error).__name__}: {error}", 503 if isinstance(error, RlxError) else 500) from error
-
-
-class _Texts:
-    """Prompts that are text. What was sampled in this episode is not tokenised again where a prompt begins with it."""
-
-    def __init__(self, tokenizer: Any):
-        self._tokenizer = tokenizer
-        self._known: list[tuple[str, list[int]]] = []
-
-    def ids(self, prompt: str | list[int]) -> list[int]:
-        """Token ids [P] of `prompt`. Special tokens in its text are special tokens, as in vLLM's own server."""
-        if not isinstance(prompt, str):
-            return prompt
-        begins = [(text, ids) for text, ids in self._known if prompt.startswith(text)]
-        text, ids = max(begins, key=lambda known: len(known[0]), default=("", []))
-        return [*ids, *self._tokenizer.encode(prompt[len(text) :], add_special_tokens=not ids)]
-
-    def remember(self, prompt: str | list[int], ids: list[int], sampled: list[int]) -> None:
-        """`sampled` came after `prompt`, whose ids are `ids`. The next prompt may or may not repeat the end marker."""
-        if isinstance(prompt, str):
-            self._known.append((prompt + self._tokenizer.decode(sampled), ids + sampled))
-            if sampled and sampled[-1] in self._tokenizer.all_special_ids:
-                self._known.append((prompt + self._tokenizer.decode(sampled[:-1]), ids + sampled[:-1]))
 
 
 @dataclass(frozen=True)

@@ -163,6 +163,8 @@ def _message(item: Json, where: str) -> Json:
         raise Refused(f"{where}.role: {item.get('role')!r} is not supported; write one of {', '.join(_ROLES)}")
     message: Json = {"role": role, "content": text_of(item.get("content"), f"{where}.content")}
     if calls := item.get("tool_calls"):
+        if not isinstance(calls, list):
+            raise Refused(f"{where}.tool_calls: a list is expected")
         message["tool_calls"] = [_tool_call(call, f"{where}.tool_calls") for call in calls]
     return message | given(name=item.get("name"), tool_call_id=item.get("tool_call_id"))
 
@@ -172,6 +174,29 @@ def _tool_call(call: Any, where: str) -> Json:
     if not isinstance(function, dict):
         raise Refused(f"{where}: only calls of type function are supported")
     return tool_call(call.get("id"), function.get("name"), function.get("arguments"), where)
+
+
+class TextPrompts:
+    """Prompts that are text. What was sampled in this episode is not tokenised again where a prompt begins with it."""
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+        self._known: list[tuple[str, list[int]]] = []
+
+    def ids(self, prompt: str | list[int]) -> list[int]:
+        """Token ids [P] of `prompt`. Special tokens in its text are special tokens, as in vLLM's own server."""
+        if not isinstance(prompt, str):
+            return prompt
+        begins = [(text, ids) for text, ids in self._known if prompt.startswith(text)]
+        text, ids = max(begins, key=lambda known: len(known[0]), default=("", []))
+        return [*ids, *self._tokenizer.encode(prompt[len(text) :], add_special_tokens=not ids)]
+
+    def remember(self, prompt: str | list[int], ids: list[int], sampled: list[int]) -> None:
+        """`sampled` came after `prompt`, whose ids are `ids`. The next prompt may or may not repeat the end marker."""
+        if isinstance(prompt, str):
+            self._known.append((prompt + self._tokenizer.decode(sampled), ids + sampled))
+            if sampled and sampled[-1] in self._tokenizer.all_special_ids:
+                self._known.append((prompt + self._tokenizer.decode(sampled[:-1]), ids + sampled[:-1]))
 
 
 def chat_answer(request: ChatRequest, turn: Turn, token: Callable[[int], str]) -> Json:

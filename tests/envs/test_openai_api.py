@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
 from tiny_models import make_tiny_tokenizer
+from tokenizers import Tokenizer
 
 from rlx.config import load_config
 from rlx.config.sections import EpisodesSection
@@ -23,6 +24,7 @@ from rlx.dotted import resolve
 from rlx.envs import openai_api
 from rlx.envs.chat import Chat
 from rlx.envs.openai_api import Endpoint, OpenAIEndpoint
+from rlx.envs.openai_shapes import Refused
 from rlx.envs.rollout import Rollout
 from rlx.envs.runner import EpisodeRunner
 from rlx.episode import Episode
@@ -41,11 +43,13 @@ WEATHER = {
 }
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Bonn"}}\n</tool_call>'
 
+Said = str | list[int] | Awaitable[str]
+
 
 class Policy:
-    """Samples what `say` answers to the text before; keeps what it was given and what it sampled."""
+    """Samples what `say` answers to the text before, text or token ids; keeps what it was given and what it sampled."""
 
-    def __init__(self, chat: Chat, say: Callable[[str], str | Awaitable[str]]):
+    def __init__(self, chat: Chat, say: Callable[[str], Said]):
         self.chat, self.say = chat, say
         self.before: list[np.ndarray] = []
         self.sampled: list[Completion] = []
@@ -54,8 +58,11 @@ class Policy:
 
     async def __call__(self, request_id: str, prompt_ids: np.ndarray, sampling: Sampling) -> Completion:
         said = self.say(self.chat.tokenizer.decode(prompt_ids))
-        text = said if isinstance(said, str) else await said
-        ids = np.asarray([*self.chat.tokenizer.encode(text), self.chat.tokenizer.eos_token_id], np.int32)
+        said = await said if isinstance(said, Awaitable) else said
+        if isinstance(said, str):
+            said = [*self.chat.tokenizer.encode(said), self.chat.tokenizer.eos_token_id]
+        ids = np.asarray(said, np.int32)
+        text = self.chat.decode(ids)
         reason = "length" if len(ids) > sampling.max_tokens else "stop"
         for stop in sampling.stop:
             if stop in text:  # as engines do: its tokens are sampled, its text is left out
@@ -113,7 +120,7 @@ class Stage:
     async def group(
         self,
         function: Callable[[Rollout], Awaitable[float | None]],
-        say: Callable[[str], str | Awaitable[str]],
+        say: Callable[[str], Said],
         *,
         n: int = 1,
         max_tokens: int = 2000,
@@ -279,11 +286,14 @@ async def test_responses_with_function_calls_stay_on_one_row(stage: Stage) -> No
         items += [*first.output, {"type": "function_call_output", "call_id": call.call_id, "output": "rain"}]
         second = client.responses.create(input=items, **how)
         third = client.responses.create(input="Really?", previous_response_id=second.id, **how)
-        texts.extend([first.output_text, second.output_text, third.output_text, third.status])
+        fourth = client.responses.create(input="Thanks", previous_response_id=third.id, **how)
+        texts.extend([*(answer.output_text for answer in (first, second, third, fourth)), fourth.status])
+        with pytest.raises(openai.NotFoundError, match="resp_0"):
+            client.responses.create(input="Really?", previous_response_id="resp_0", **how)
 
-    episode, policy = await stage.one(agent, in_turn("Hm.\n" + CALL, "Rain.", "Yes."))
-    assert texts == ["Hm.", "Rain.", "Yes.", "completed"]
-    assert (len(episode.rows), episode.turns) == (1, 3)
+    episode, policy = await stage.one(agent, in_turn("Hm.\n" + CALL, "Rain.", "Yes.", "Bye."))
+    assert texts == ["Hm.", "Rain.", "Yes.", "Bye.", "completed"]
+    assert (len(episode.rows), episode.turns) == (1, 4)
     policy.check(episode)
 
 
@@ -321,6 +331,34 @@ async def test_text_completions_that_go_on_with_what_was_sampled_are_one_row(sta
     replies = " add\nObservation: 7", " again\nObservation: 8", " done"
     episode, policy = await stage.one(agent, in_turn(*replies))
     assert len(episode.rows) == 1
+    policy.check(episode)
+
+
+async def test_text_that_was_sampled_is_not_tokenised_again(endpoint: Endpoint) -> None:
+    tokenizer = make_tiny_tokenizer()
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    [first, second] = (spec["model"]["vocab"][letter] for letter in "th")
+    merged = len(tokenizer)
+    spec["model"]["vocab"]["th"], spec["model"]["merges"] = merged, [["t", "h"]]
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(spec))
+    assert tokenizer.encode("th") == [merged]
+    end = tokenizer.eos_token_id
+
+    async def agent(at: OpenAIEndpoint) -> None:
+        client = async_client(at)
+        answer = await client.completions.create(model="any", prompt="Say:")
+        assert answer.choices[0].text == "th"
+        await client.completions.create(model="any", prompt="Say:th<|im_end|>\nth")
+        await client.completions.create(model="any", prompt="Say:th th")
+
+    replies = [[first, second, end], [merged, end], [merged, end]]
+    episode, policy = await Stage(Chat(tokenizer), endpoint).one(agent, lambda before: replies.pop(0))
+    assert [ids[4:].tolist() for ids in policy.before] == [
+        [],
+        [first, second, end, *tokenizer.encode("\n"), merged],
+        [first, second, *tokenizer.encode(" "), merged],
+    ]
+    assert len(episode.rows) == 2
     policy.check(episode)
 
 
@@ -506,6 +544,50 @@ async def test_bad_bodies_and_paths_are_answered_in_openais_shape(
     assert all(answer.headers["x-should-retry"] == "false" for answer in answers)
 
 
+TOOL_CALL = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+CHAT = {
+    "messages": [
+        {"role": "user", "content": [{"type": "text", "text": "x"}]},
+        {"role": "assistant", "content": None, "tool_calls": [TOOL_CALL]},
+        {"role": "tool", "content": "x", "tool_call_id": "1"},
+    ],
+    **{"tools": [WEATHER], "tool_choice": "auto", "stop": ["x"], "stream": True, "max_tokens": 3, "n": 1},
+    **{"stream_options": {"include_usage": True}, "temperature": 1.0, "response_format": {"type": "text"}},
+}
+RESPONSES = {
+    "input": [
+        {"role": "user", "content": [{"type": "input_text", "text": "x"}]},
+        {"type": "function_call", "call_id": "1", "name": "weather", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "1", "output": "x"},
+    ],
+    **{"tools": [{"type": "function", **WEATHER["function"]}], "text": {"format": {"type": "text"}}},
+    **{"instructions": "x", "previous_response_id": "x", "max_output_tokens": 3},
+}
+TEXT = {"prompt": [1, 2], "stop": "x", "max_tokens": 3, "logprobs": 1}
+JUNK = [None, True, 0, -1, 1.5, "", "junk", [], ["x"], [1], [[]], [{}], {}, {"type": "text"}, {"text": 1}]
+
+
+def with_junk(value: Any) -> Iterator[Any]:
+    """`value` with each of its parts in turn replaced by each kind of junk."""
+    yield from JUNK
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in parts:
+        for other in with_junk(part):
+            changed = value.copy()
+            changed[key] = other
+            yield changed
+
+
+@pytest.mark.parametrize(
+    ("read", "valid"), [(openai_api._chat, CHAT), (openai_api._responses, RESPONSES), (openai_api._text, TEXT)]
+)
+def test_every_body_is_read_or_refused(read: Callable[[Any], Any], valid: Any) -> None:
+    read(valid)
+    for body in with_junk(valid):
+        with contextlib.suppress(Refused):
+            read(body)
+
+
 async def test_a_wrong_key_opens_nothing(stage: Stage) -> None:
     async def agent(at: OpenAIEndpoint) -> None:
         client = AsyncOpenAI(base_url=at.base_url, api_key="sk-wrong")
@@ -682,10 +764,11 @@ async def test_a_stream_keeps_its_client_awake_and_ends_with_it(stage: Stage, mo
                     break
         async with asyncio.timeout(10):
             await cancelled.wait()
+        lines.append("and ended")
 
     episode, policy = await stage.one(agent, say)
     assert (episode.num_sampled, policy.sampled) == (0, [])
-    assert {line for line in lines if line} == {": the reply is being sampled"}
+    assert {line for line in lines if line} == {": the reply is being sampled", "and ended"}
 
 
 async def test_an_error_after_a_stream_began_reaches_the_agent(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -703,6 +786,21 @@ async def test_an_error_after_a_stream_began_reaches_the_agent(stage: Stage, mon
 
     with pytest.raises(ServiceUnavailable):
         await stage.one(agent, say)
+
+
+async def test_a_request_ends_with_the_deadline_of_its_episode(stage: Stage) -> None:
+    async def say(before: str) -> str:
+        await asyncio.sleep(60)
+        return "too late"
+
+    async def function(ctx: Rollout) -> None:
+        ctx.deadline = time.monotonic() + 0.2
+        with pytest.raises(openai.InternalServerError) as raised:
+            await ask(ctx.openai)
+        assert (raised.value.status_code, raised.value.code) == (504, "timeout")
+
+    [episode], _ = await stage.group(function, say)
+    assert "never generated" in episode.error
 
 
 async def test_an_agent_without_an_end_is_cut_at_the_deadline_of_its_episode(stage: Stage) -> None:
