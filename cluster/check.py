@@ -101,9 +101,15 @@ def _check_transform_names(config: Config, found: _Findings) -> None:
 
 def _check_rewards(config: Config, row: dict[str, Any] | None, found: _Findings) -> None:
     from rlx.rewards.scoring import ScoreRequest, load_reward, score_group
+    from rlx.rewards.sources import check_source, kind_of
 
     for index, name in enumerate(config.trl.reward_funcs):
         try:
+            if (kind := kind_of(name, config.base_dir)) != "function":
+                check_source(name, config.base_dir, f"trl.reward_funcs[{index}]")
+                what = "a model, is not loaded" if kind == "model" else "another process, is not called"
+                found.unchecked.append(f"not checked: reward {name}, {what}; `rlx reward test` does")
+                continue
             reward = load_reward(name, config.base_dir, f"trl.reward_funcs[{index}]")
             if row is None:
                 found.lines.append(f"reward {name}: imported")

@@ -28,7 +28,6 @@ class RewardModel:
 
         self.name = name
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._check_folder()
         self.tokenizer, self.model = self._load()
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
@@ -65,13 +64,6 @@ class RewardModel:
         reply = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
         text: str = self.tokenizer.apply_chat_template([*prompt, *reply], tokenize=False)
         return text
-
-    def _check_folder(self) -> None:
-        looks_local = self.name.startswith((".", "/", "~")) or self.name.count("/") > 1
-        if looks_local and not Path(self.name).is_dir():
-            raise ModelError(f"there is no folder {self.name!r} next to the YAML or in the current folder.")
-        if Path(self.name).is_dir() and not (Path(self.name) / "config.json").is_file():
-            raise ModelError(f"{self.name} holds no model: config.json is missing.")
 
     def _load(self) -> tuple[Any, Any]:
         import torch

@@ -140,7 +140,9 @@ class RewardWorker:
     """
 
     def __init__(self, name: str, index: int, base_dir: str | Path):
-        self.reward = load_reward(name, Path(base_dir), f"trl.reward_funcs[{index}]")
+        from rlx.rewards.sources import load_source  # which builds on this module
+
+        self.reward = load_source(name, Path(base_dir), f"trl.reward_funcs[{index}]")
         self._runner = asyncio.Runner()
 
     def score(self, request: ScoreRequest) -> Answer:

@@ -11,8 +11,9 @@ import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
-from rlx.errors import ConfigError, ModelError, UserCodeError
+from rlx.errors import ModelError, UserCodeError
 from rlx.rewards.scoring import Reward, load_reward
 
 Kind = Literal["function", "model", "url"]
@@ -35,18 +36,36 @@ def load_source(name: str, base_dir: Path, key: str) -> Reward:
     kind = kind_of(name, base_dir)
     if kind == "function":
         return load_reward(name, base_dir, key)
+    check_source(name, base_dir, key)
     try:
-        function = _model(name, base_dir) if kind == "model" else _remote(name)
-    except (ConfigError, ModelError) as error:
+        function = _model(_local(name, base_dir)) if kind == "model" else _remote(name)
+    except ModelError as error:
         raise UserCodeError(f"{key} ({name}): {error}") from error
-    parameters = tuple(inspect.signature(function).parameters.values())
-    return Reward(name, key, function, kind == "url", parameters)
+    return Reward(name, key, function, kind == "url", tuple(inspect.signature(function).parameters.values()))
 
 
-def _model(name: str, base_dir: Path) -> Callable[..., Any]:
+def check_source(name: str, base_dir: Path, key: str) -> None:
+    """What can be known of a model or an address without loading or calling it; UserCodeError when it is wrong."""
+    if kind_of(name, base_dir) == "url":
+        parts = urlsplit(name)
+        if not parts.hostname or parts.username or parts.password:
+            raise UserCodeError(
+                f"{key} ({name.rpartition('@')[2]}): this is not an address to POST to. Write http://HOST:PORT/PATH; a "
+                "secret belongs into the environment variable RLX_REWARD_TOKEN, which is sent as bearer token."
+            )
+        return
+    found = Path(_local(name, base_dir))
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if looks_local and not found.is_dir():
+        raise UserCodeError(f"{key} ({name}): there is no folder {name!r} next to the YAML or in the current folder.")
+    if found.is_dir() and not (found / "config.json").is_file():
+        raise UserCodeError(f"{key} ({name}): {found} holds no model: config.json is missing.")
+
+
+def _model(name: str) -> Callable[..., Any]:
     from rlx.rewards.model import RewardModel
 
-    return RewardModel(_local(name, base_dir))
+    return RewardModel(name)
 
 
 def _remote(url: str) -> Callable[..., Any]:
