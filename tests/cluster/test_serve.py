@@ -91,8 +91,8 @@ def test_sigterm_drains_and_leaves_no_process_no_port_and_no_ray(tmp_path):
         assert running.statuses_until_ready() == [(503, "loading"), (200, "ok")]
         answer = httpx.post(f"{running.url}/v1/rollouts", json=GROUP, timeout=30).json()
         assert answer["worker"] == "rlx-rollout-0"
-        assert [c["rewards"]["reward_functions.length"] for c in answer["completions"]] == [
-            len(c["text"]) for c in answer["completions"]
+        assert [c["rewards"]["reward_functions.length"] for c in answer["episodes"]] == [
+            len(c["text"]) for c in answer["episodes"]
         ]
         below = descendants(running.process.pid)
         assert len(below) > 5
