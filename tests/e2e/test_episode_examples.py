@@ -1,0 +1,44 @@
+"""The examples of rollout functions, as their first lines say to run them, for fewer steps where that is enough."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from e2e_parts import SERVICE_START_S, Rlx, evaluations_shown, read_rows, rlx
+
+from rlx.processes import free_port
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+RUN_S = 2 * SERVICE_START_S
+
+
+@contextmanager
+def example(tmp_path: Path, name: str, *overrides: Any) -> Iterator[Rlx]:
+    """`rlx run` of an example that writes to `tmp_path`."""
+    config = EXAMPLES / name / f"{name}.yaml"
+    port = ["--vllm.port", free_port("127.0.0.1", 18500), "--cluster.dashboard", "false"]
+    with rlx(tmp_path, "run", config, "--output_dir", tmp_path / "out", *port, *overrides) as run:
+        yield run
+
+
+@pytest.mark.usefixtures("quickstart")
+def test_the_conversation_learns_and_trains_what_was_sampled(tmp_path: Path) -> None:
+    with example(tmp_path, "multi_turn", "--max_steps", 24, "--eval_steps", 24, "--samples_per_step", 64) as run:
+        assert run.wait(RUN_S) == 0, run.output
+        assert run.left() == []
+    first, last = evaluations_shown(run.output, "episode")
+    assert last > first + 0.1, run.output
+    samples = read_rows(tmp_path / "out" / "samples.jsonl")
+    assert {s["status"] for s in samples} == {"ok"}
+    assert {1, 3} <= {s["turns"] for s in samples} <= {1, 2, 3}
+    for s in samples:
+        [row] = s["rows"]
+        assert [v for v, _ in row["versions"]] == [s["step"], -1] * (s["turns"] - 1) + [s["step"]]
+        assert [m["role"] for m in s["messages"]][: 2 * s["turns"] - 1 : 2] == ["assistant"] * s["turns"]
+        assert [x is None for x in row["logprobs"]] == [v == -1 for v, n in row["versions"] for _ in range(n)]
+        solved = s["messages"][2 * s["turns"] - 2]["content"] == s["columns"]["answer"]
+        assert s["rewards"]["episode"] == (0.5 ** (s["turns"] - 1) if solved else 0.0)
