@@ -227,11 +227,11 @@ class SupervisedServer:
         while True:
             with contextlib.suppress(TimeoutError):
                 return f"it ended with {_status(await asyncio.wait_for(process.wait(), wait))}"
-            began = time.monotonic()
-            fault = ""
+            began, fault = time.monotonic(), ""
             try:
                 await try_session(self._address, {**self._settings.reset, "seed": 0}, self._settings.reset_timeout)
                 leaks = 0
+                wait = max(self._interval, _SHARE * (time.monotonic() - began))
             except Full as full:
                 clients = await _clients(self._port)
                 lost = full.active - clients if full.active is not None else int(clients == 0)
@@ -244,7 +244,6 @@ class SupervisedServer:
                 fault = str(error)
             if fault and process.returncode is None:
                 return fault
-            wait = max(self._interval, _SHARE * (time.monotonic() - began))
 
 
 async def _clients(port: int) -> int:

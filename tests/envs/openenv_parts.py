@@ -43,10 +43,10 @@ HINT = "guess a number from 0 to 9"
 def config_with(*envs: dict[str, Any], folder: Path | None = None, **more: Any) -> Config:
     """A configuration with these entries of `envs:`."""
     base = {"base_model": "m", "rl": "grpo", "datasets": [{"path": "d"}], "envs": list(envs)}
-    config = Config.model_validate(base | more)
-    if folder is not None:
-        config._path = folder / "config.yaml"
-        config.output_dir = str(folder / "outputs")
+    if folder is None:
+        return Config.model_validate(base | more)
+    config = Config.model_validate(base | {"output_dir": str(folder / "outputs")} | more)
+    config._path = folder / "config.yaml"
     return config
 
 
