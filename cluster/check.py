@@ -116,7 +116,7 @@ def _check_rewards(config: Config, row: dict[str, Any] | None, found: _Findings)
                 found.unchecked.append(f"not checked: reward {name} on a row, because there is none")
                 continue
             columns = {k: v for k, v in row.items() if k != "prompt"}
-            said = ["", "42"] if isinstance(row["prompt"], str) else [[_reply("")], [_reply("42")]]
+            said = ["", "42"] if isinstance(row["prompt"], str) or _as_text(config) else [[_reply("")], [_reply("42")]]
             request = ScoreRequest(row["prompt"], said, [[], [0]], columns, config.trl.max_completion_length)
             values = score_group(reward, request)
             found.lines.append(
@@ -143,6 +143,15 @@ def _check_episodes(config: Config, tokenizer: Any, found: _Findings) -> None:
         found.lines.append(f"episodes: {named}" + (", several turns" if rollout.many_turns else ""))
     except (UserCodeError, ConfigError) as error:
         found.errors.append(error)
+
+
+def _as_text(config: Config) -> bool:
+    """Whether the rollout function gives the rewards strings, whatever the prompt is."""
+    if config.trl.rollout_func is None:
+        return False
+    from rlx.envs.load import returns_text  # it imports transformers
+
+    return returns_text(config)
 
 
 def _reply(text: str) -> dict[str, str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import Any
 
 from rlx.config import Config
 from rlx.dotted import resolve
@@ -64,16 +65,15 @@ def load_rollout(config: Config, chat: Chat) -> LoadedRollout:
     )
 
 
+def returns_text(config: Config) -> bool:
+    """Whether the reward functions get strings even for prompts that are messages: the rollout function has the
+    documented shape. UserCodeError when it cannot be loaded."""
+    name = config.trl.rollout_func
+    return name is not None and shape_of(_resolved(name, config), name) == "documented"
+
+
 def _load_function(name: str, config: Config, chat: Chat) -> LoadedRollout:
-    try:
-        function = resolve(name, base_dir=config.base_dir, key=_KEY, main="rollout")
-    except UserCodeError as error:
-        if _TRL_OPENENV not in str(error):
-            raise
-        raise UserCodeError(
-            f"{error}\nTRL {_trl_version()} has no {_TRL_OPENENV}. Write "
-            "`from rlx.envs.facades import generate_rollout_completions`, which takes and returns the same."
-        ) from error
+    function = _resolved(name, config)
     shape = shape_of(function, name)
     if shape == "native":
         return LoadedRollout(function, many_turns=True, own_reward=True)
@@ -82,7 +82,19 @@ def _load_function(name: str, config: Config, chat: Chat) -> LoadedRollout:
     return LoadedRollout(Legacy(function, shape, config, chat), many_turns=False, own_reward=False)
 
 
-def shape_of(function: Callable[..., object], name: str) -> str:
+def _resolved(name: str, config: Config) -> Callable[..., Any]:
+    try:
+        return resolve(name, base_dir=config.base_dir, key=_KEY, main="rollout")
+    except UserCodeError as error:
+        if _TRL_OPENENV not in str(error):
+            raise
+        raise UserCodeError(
+            f"{error}\nTRL {_trl_version()} has no {_TRL_OPENENV}. Write "
+            "`from rlx.envs.facades import generate_rollout_completions`, which takes and returns the same."
+        ) from error
+
+
+def shape_of(function: Callable[..., Any], name: str) -> str:
     """native, documented, trl_0_25 or trl; UserCodeError that shows what was found and the four."""
     try:
         signature = inspect.signature(function)
@@ -103,11 +115,11 @@ def shape_of(function: Callable[..., object], name: str) -> str:
     raise UserCodeError(f"{_KEY} ({name}) {problem}\n{FOUR_SHAPES}")
 
 
-def _is_async(function: Callable[..., object]) -> bool:
+def _is_async(function: Callable[..., Any]) -> bool:
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
-def _called(function: Callable[..., object]) -> str:
+def _called(function: Callable[..., Any]) -> str:
     return getattr(function, "__name__", type(function).__name__)
 
 

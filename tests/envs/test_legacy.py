@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ from env_parts import chat_of
 from rollout_parts import Policy, config_of, episodes_of, trained
 
 from rlx.dotted import resolve
+from rlx.envs.facades import for_threads
 from rlx.envs.legacy import accounted_for, documented_prompt
 from rlx.envs.threads import GRACE_S, in_thread, stuck_threads
 from rlx.episode import Episode
@@ -490,6 +492,29 @@ def f(prompts, args, processing_class):
 
 
 # --- threads
+
+
+def test_threads_do_not_see_each_others_truncation():
+    tokenizer = for_threads(chat_of().tokenizer)
+    lengths: list[tuple[int, int]] = []
+
+    def encode(limit: int) -> None:
+        for _ in range(100):
+            ids = tokenizer("x" * 500, truncation=limit < 500, max_length=limit)["input_ids"]
+            lengths.append((limit, len(ids)))
+
+    threads = [threading.Thread(target=encode, args=(limit,)) for limit in (5, 6, 500, 7, 500)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+    finally:
+        sys.setswitchinterval(interval)
+    assert len(lengths) == 500
+    assert all(limit == length for limit, length in lengths)
 
 
 async def test_episodes_run_side_by_side_and_the_loop_stays_free(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 from env_parts import chat_of
 from rollout_parts import config_of
 
-from rlx.envs.load import LoadedRollout, load_rollout
+from rlx.envs.load import LoadedRollout, load_rollout, returns_text
 from rlx.errors import ConfigError, UserCodeError
 
 
@@ -88,3 +88,17 @@ def test_an_import_that_trl_no_longer_has_is_answered_with_ours(tmp_path, monkey
 def test_nothing_named_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="no rollout_func"):
         load_rollout(config_of(tmp_path), chat_of())
+
+
+@pytest.mark.parametrize(
+    ("definition", "text"),
+    [
+        ("def f(model, processing_class, prompts): ...", True),
+        ("def f(prompts, trainer): ...", False),
+        ("async def f(ctx): ...", False),
+    ],
+)
+def test_only_the_documented_shape_gives_the_rewards_strings(tmp_path, definition, text):
+    (tmp_path / "mine.py").write_text(definition)
+    assert returns_text(config_of(tmp_path, rollout_func="mine.f")) is text
+    assert not returns_text(config_of(tmp_path))
