@@ -232,9 +232,6 @@ async def _answer(request: Request, episode: _Episode, job: _Job) -> Response:
             return _Stream(task, job)
         task.cancel()
         return Response(status_code=499)
-    except asyncio.CancelledError:
-        task.cancel()
-        raise
     finally:
         gone.cancel()
 

@@ -404,6 +404,21 @@ async def test_sub_agents_side_by_side_have_a_row_each(stage: Stage) -> None:
     policy.check(episode)
 
 
+async def test_the_same_question_side_by_side_is_sampled_in_rows_of_its_own(stage: Stage) -> None:
+    met = asyncio.Barrier(3)
+
+    async def say(before: str) -> str:
+        async with asyncio.timeout(10):
+            return str(await met.wait())
+
+    async def agent(at: OpenAIEndpoint) -> None:
+        assert sorted(await asyncio.gather(ask(at), ask(at), ask(at))) == ["0", "1", "2"]
+
+    episode, policy = await stage.one(agent, say)
+    assert (episode.error, len(episode.rows)) == ("", 3)
+    policy.check(episode)
+
+
 async def test_episodes_of_a_group_are_told_apart_by_their_keys(stage: Stage) -> None:
     async def function(ctx: Rollout) -> float:
         asked = [{"role": "user", "content": f"I am {ctx.index}"}]
@@ -637,7 +652,8 @@ async def test_a_request_that_runs_at_the_end_of_its_episode_is_cancelled_and_an
         return "too late"
 
     async def agent(at: OpenAIEndpoint) -> None:
-        left.append(asyncio.create_task(async_client(at).chat.completions.create(model="any", messages=QUESTION)))
+        client = async_client(at).with_options(max_retries=0)
+        left.append(asyncio.create_task(client.chat.completions.create(model="any", messages=QUESTION)))
         await begun.wait()
 
     episode, policy = await stage.one(agent, say)
