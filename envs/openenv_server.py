@@ -247,15 +247,16 @@ class SupervisedServer:
 
 
 async def _clients(port: int) -> int:
-    """How many connections the server at `port` of this machine has, once that of the probe is gone."""
+    """How many connections to the server at `port` this machine holds, once that of the probe is gone. They are
+    counted where they begin: the server may be in a container."""
     await asyncio.sleep(_POLL_S)
-    return _established(port)
+    return _connections_to(port)
 
 
-def _established(port: int) -> int:
-    tables = [path for path in map(Path, ("/proc/net/tcp", "/proc/net/tcp6")) if path.exists()]
-    rows = [line.split() for table in tables for line in table.read_text().splitlines()[1:]]
-    return sum(state == "01" and int(local.rpartition(":")[2], 16) == port for _, local, _, state, *_ in rows)
+def _connections_to(port: int) -> int:
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    server, established = f"0100007F:{port:04X}", "01"
+    return sum((remote, state) == (server, established) for _, _, remote, state, *_ in rows)
 
 
 def _signal_group(pid: int, signal_number: int) -> None:
