@@ -17,7 +17,8 @@ _SAME_NAME = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 @dataclass(frozen=True)
 class Sampled:
-    """What one request sampled: `ids` [T] after `prompt_ids` [P], with a log-probability each."""
+    """What one request sampled: `ids` [T] after `prompt_ids` [P], with a log-probability each; `text` is without special
+    tokens."""
 
     prompt_ids: list[int]
     ids: list[int]
@@ -40,7 +41,8 @@ class Generator:
         if not prompt_ids:
             raise UserCodeError("generate was given no token ids to continue. Give it a prompt of at least one token.")
         turn = self._bridge.wait(self.ctx.generate(prompt_ids, **changes), self.ctx.deadline)
-        sampled = Sampled(prompt_ids, turn.ids.tolist(), turn.logprobs.tolist(), turn.text)
+        text = self.tokenizer.decode(turn.ids.tolist(), skip_special_tokens=True)
+        sampled = Sampled(prompt_ids, turn.ids.tolist(), turn.logprobs.tolist(), text)
         self.calls.append(sampled)
         return sampled
 

@@ -21,6 +21,7 @@ from typing import Any
 
 from rlx.config import Config
 from rlx.envs.chat import Chat
+from rlx.envs.errors import EpisodeTruncated
 from rlx.envs.facades import Arguments, Model, Trainer, for_threads, model_config
 from rlx.envs.generate_server import GenerateServer
 from rlx.envs.generation import Generator
@@ -51,7 +52,11 @@ class Legacy:
 
     def _documented(self, ctx: Rollout, generator: Generator) -> None:
         model = Model(generator, model_config(self._tokenizer, self._config.max_model_len))
-        returned = self._call(model=model, processing_class=self._tokenizer, prompts=[documented_prompt(ctx.task)])
+        try:
+            returned = self._call(model=model, processing_class=self._tokenizer, prompts=[documented_prompt(ctx.task)])
+        except EpisodeTruncated:
+            ctx.completion = "\n".join(call.text for call in generator.calls)  # a string, as its rewards expect
+            raise
         text = self._one_string(returned)
         self._must_have_sampled(generator, "model.generate(...)")
         ctx.completion = text

@@ -28,7 +28,7 @@ from rlx.envs.threads import in_thread
 from rlx.errors import ConfigError, UserCodeError
 
 _NOT_TOOLS = ("reset", "get_reward", "close", "done")
-CLOSE_TIMEOUT_S = 5.0
+CLOSE_TIMEOUT_S = 3.0
 """Seconds that `close()` of an environment may take."""
 
 

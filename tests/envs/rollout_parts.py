@@ -67,13 +67,14 @@ async def episodes_of(
     n: int = 1,
     seconds: float = 20.0,
     max_tokens: int = 512,
+    max_model_len: int = 8192,
     **columns: Any,
 ) -> list[Episode]:
     """`n` episodes of what `config` names, on `policy`."""
     loaded = load_rollout(config, chat)
     ids = chat.start(prompt) if isinstance(prompt, list) else chat.tokenizer(prompt)["input_ids"]
     request = GroupRequest("group", prompt, np.asarray(ids, np.int32), n, Sampling(max_tokens=max_tokens), columns)
-    runner = EpisodeRunner(loaded.function, chat, EpisodesSection(timeout=seconds), max_model_len=8192)
+    runner = EpisodeRunner(loaded.function, chat, EpisodesSection(timeout=seconds), max_model_len=max_model_len)
     return await runner.run(policy, request)
 
 

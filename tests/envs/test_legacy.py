@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from env_parts import chat_of
 from rollout_parts import Policy, config_of, episodes_of, trained
@@ -16,11 +17,14 @@ from rollout_parts import Policy, config_of, episodes_of, trained
 from rlx.dotted import resolve
 from rlx.envs.facades import for_threads
 from rlx.envs.legacy import accounted_for, documented_prompt
+from rlx.envs.single_turn import sample
 from rlx.envs.threads import GRACE_S, in_thread, stuck_threads
 from rlx.episode import Episode
 from rlx.errors import UserCodeError
 from rlx.rewards.scoring import ScoreRequest, load_reward, score_group
-from rlx.wire import GroupRequest, Sampling
+from rlx.rollout.engine_worker import EngineWorker
+from rlx.rollout.fake_engine import FakeEngine
+from rlx.wire import Completion, GroupRequest, Sampling
 
 QUESTION = [{"role": "user", "content": "What is 12 + 30?"}]
 
@@ -139,6 +143,37 @@ async def test_the_documented_example_runs_as_it_is_written(tmp_path):
     request = GroupRequest("g", row["prompt"], policy.prompts[0], 1, Sampling(512), {"answer": row["answer"]})
     reward = load_reward("math_env.math_reward", tmp_path, "trl.reward_funcs[0]")
     assert score_group(reward, ScoreRequest.of(request, episodes)).tolist() == [1.0]
+
+
+async def test_the_documented_example_runs_on_the_fake_engine(tmp_path):
+    (tmp_path / "math_env.py").write_text(MATH_ENV)
+    config = config_of(tmp_path, rollout_func="math_env.math_solver_rollout")
+    worker = EngineWorker("fake", FakeEngine(seed=3))
+    await worker.start()
+    sampled: list[int] = []
+
+    async def sampling(request_id: str, prompt_ids: np.ndarray, how: Sampling) -> Completion:
+        [completion] = await sample(worker, request_id, prompt_ids, 1, how)
+        sampled.extend(int(i) for i in completion.ids)
+        return completion
+
+    episodes = await episodes_of(config, chat_of(), sampling, QUESTION, n=1, answer="42")
+    assert [(episode.status, len(episode.rows), episode.exact) for episode in episodes] == [("ok", 5, True)]
+    assert trained(episodes[0]) == sampled
+    request = GroupRequest("g", QUESTION, chat_of().start(QUESTION), 1, Sampling(512), {"answer": "42"})
+    reward = load_reward("math_env.math_reward", tmp_path, "trl.reward_funcs[0]")
+    assert score_group(reward, ScoreRequest.of(request, episodes)).tolist() == [0.0]
+
+
+async def test_a_documented_episode_that_is_cut_still_gives_its_rewards_a_string(tmp_path):
+    (tmp_path / "math_env.py").write_text(MATH_ENV)
+    config = config_of(tmp_path, rollout_func="math_env.math_solver_rollout")
+    policy = Policy(chat_of(), lambda _: "x" * 60)
+    [episode] = await episodes_of(config, chat_of(), policy, QUESTION, max_model_len=250)
+    assert episode.status == "truncated"
+    assert isinstance(episode.completion, str)
+    assert episode.completion.startswith("x" * 60 + "\n" + "x" * 60)
+    assert trained(episode) == policy.sampled
 
 
 async def test_the_documented_example_scores_a_wrong_answer_and_one_that_never_comes(tmp_path):

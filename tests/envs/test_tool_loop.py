@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from rollout_parts import Policy, config_of, episodes_of, trained
 from rlx.dotted import resolve
 from rlx.envs.chat import Chat
 from rlx.envs.load import load_rollout
+from rlx.envs.threads import stuck_threads
 from rlx.episode import Episode
 from rlx.errors import ConfigError, RlxError
 
@@ -317,6 +320,26 @@ class Env:
     [episode], _ = await play(tmp_path, source, lambda _: call("hang"), trl=trl, seconds=0.3)
     assert episode.status == "timeout"
     assert resolve("mine.closed.copy", base_dir=tmp_path, key="test")() == [True]
+
+
+async def test_a_synchronous_tool_that_hangs_is_named(tmp_path, monkeypatch):
+    source = """
+import threading
+go = threading.Event()
+def hang() -> str:
+    '''Hangs.'''
+    go.wait(60)
+    return "late"
+"""
+    [episode], _ = await play(tmp_path, source, lambda _: call("hang"), trl={"tools": ["mine.hang"]}, seconds=0.3)
+    assert episode.status == "timeout"
+    monkeypatch.setattr("rlx.envs.threads.GRACE_S", 0.0)
+    assert stuck_threads() == ["hang of group, episode 0"]
+    resolve("mine.go.set", base_dir=tmp_path, key="test")()
+    for thread in threading.enumerate():
+        if thread.name.startswith("hang of"):
+            await asyncio.to_thread(thread.join, 10)
+    assert not stuck_threads()
 
 
 @pytest.mark.parametrize(
