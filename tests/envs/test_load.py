@@ -6,6 +6,7 @@ import pytest
 from env_parts import chat_of
 from rollout_parts import config_of
 
+from rlx.config import load_config
 from rlx.envs.load import LoadedRollout, load_rollout, returns_text
 from rlx.errors import ConfigError, UserCodeError
 
@@ -102,3 +103,12 @@ def test_only_the_documented_shape_gives_the_rewards_strings(tmp_path, definitio
     (tmp_path / "mine.py").write_text(definition)
     assert returns_text(config_of(tmp_path, rollout_func="mine.f")) is text
     assert not returns_text(config_of(tmp_path))
+
+
+def test_environments_without_a_function_are_played(tmp_path):
+    config_of(tmp_path)
+    path = tmp_path / "cfg.yaml"
+    path.write_text(f"{path.read_text()}envs:\n  - openenv: {{url: 'http://127.0.0.1:9'}}\n")
+    loaded = load_rollout(load_config(str(path)), chat_of())
+    assert (loaded.many_turns, loaded.own_reward) == (True, True)
+    assert loaded.function.__qualname__ == "player.<locals>.play"
