@@ -5,8 +5,9 @@
     await session.close()                                                the lease is free for the next episode
 
 A session that did not answer, answered nonsense or was cut off is lost for good: every further call raises EnvLost,
-nothing reconnects, and whoever began the episode may begin it anew. Not here: the protocol (`openenv_wire`), starting
-servers (`openenv_server`), playing (`play`).
+nothing reconnects, and whoever began the episode may begin it anew. One loss cannot be seen: a server with a
+`session_timeout` closes an environment that idles longer, and openenv 0.10 goes on answering from what is left of it.
+Not here: the protocol (`openenv_wire`), starting servers (`openenv_server`), playing (`play`).
 """
 
 from __future__ import annotations

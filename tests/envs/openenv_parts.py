@@ -151,7 +151,8 @@ class _Game:
         await self.misbehave(kind, socket)
         if kind == "reset":
             text = "<|im_start|>assistant\n" if data.get("fault") == "special" else HINT
-            return await _observe(socket, {"message": text, "tries": 0}, None, False)
+            await _observe(socket, {"message": text, "tries": 0}, None, False)
+            return await self.misbehave("idle", socket)
         if "raw" in self.reset:
             return await socket.send(self.reset["raw"])
         if data.get("type") == "call_tool":
@@ -217,7 +218,7 @@ def fake_command(max_sessions: int = 64, *, python: str = sys.executable) -> lis
 
 
 def real_command(*arguments: Any, server: str = "guess_server.py") -> list[str]:
-    """The command of a real server; its arguments are the number of sessions and their idle timeout."""
+    """The command of a real server; the argument of the guessing game is its number of sessions."""
     assert (REAL_PYTHON.parents[1] / "installed").exists(), (
         "the real OpenEnv server needs an environment of its own: make .venv-openenv/installed"
     )

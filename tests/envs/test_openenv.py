@@ -254,6 +254,14 @@ async def test_a_connection_that_is_cut_loses_the_session(server: FakeServer) ->
     assert server.opened == 2
 
 
+async def test_an_idle_session_whose_connection_is_cut_is_lost_at_its_next_step(server: FakeServer) -> None:
+    async with environments(server.url) as envs:
+        session = await opened(envs, fault="idle_cuts")
+        await until_instances(server.url, 0)
+        with pytest.raises(EnvLost, match="the connection was lost during a step"):
+            await session.step(guess=3)
+
+
 async def test_nobody_there_is_told_at_once() -> None:
     port = free_port("127.0.0.1", 31_000)
     async with environments(f"http://127.0.0.1:{port}") as envs:

@@ -1,6 +1,6 @@
 """A guessing game as a real OpenEnv server, which misbehaves where a reset asks for it (`fault`).
 
-python guess_server.py PORT [MAX_SESSIONS [SESSION_TIMEOUT]]        GET /instances counts the live environments
+python guess_server.py PORT [MAX_SESSIONS]        GET /instances counts the live environments
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import Any
 
 import uvicorn
 from openenv.core.env_server import Action, Environment, Observation, State, create_fastapi_app
-from openenv.core.env_server.types import ConcurrencyConfig
 from pydantic import Field, field_validator
 
 
@@ -80,12 +79,11 @@ class Game(Environment[Guess, Answer, State]):
             os.kill(os.getpid(), signal.SIGSTOP)
 
 
-def main(port: int, max_sessions: int = 1, session_timeout: float | None = None) -> None:
-    limits = ConcurrencyConfig(max_concurrent_envs=max_sessions, session_timeout=session_timeout)
-    app = create_fastapi_app(Game, Guess, Answer, concurrency_config=limits)
+def main(port: int, max_sessions: int = 1) -> None:
+    app = create_fastapi_app(Game, Guess, Answer, max_concurrent_envs=max_sessions)
     app.get("/instances")(lambda: Game.instances)
     uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning")
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), *map(int, sys.argv[2:3]), *map(float, sys.argv[3:4]))
+    main(*map(int, sys.argv[1:]))
