@@ -13,6 +13,7 @@ import sysconfig
 import threading
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -28,6 +29,8 @@ from rlx.errors import ServiceError
 from rlx.wire import Completion, GroupRequest, Sampling
 
 _BEAT_S = 0.25
+_THREADS = 256
+"""For `asyncio.to_thread` of all episodes; Python's own choice, 6 on two cores, would let agents wait for each other."""
 
 
 class Stalled(ServiceError):
@@ -58,6 +61,7 @@ class EpisodeActor:
         self._label = label
         write_output_to(Path(log))
         self._loop = asyncio.new_event_loop()
+        self._loop.set_default_executor(ThreadPoolExecutor(_THREADS, thread_name_prefix="to_thread"))
         self._thread = threading.Thread(target=self._loop.run_forever, name="episodes", daemon=True)
         self._beat = time.monotonic()
         self._stall_s = 0.0

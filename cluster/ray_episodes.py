@@ -12,22 +12,20 @@ import itertools
 import logging
 from collections.abc import Coroutine, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rlx.cluster.calls import call
 from rlx.cluster.episode_actor import EpisodeActor, Loaded, Stalled
 from rlx.cluster.killable import KillableActor
 from rlx.cluster.ray_worker import RayWorker
 from rlx.config import Config
+from rlx.envs.openenv_server import EnvServers
 from rlx.envs.threads import GRACE_S
 from rlx.episode import Episode
 from rlx.errors import ServiceError, ServiceUnavailable, UserCodeError
 from rlx.rewards.budget import FailureBudget
 from rlx.rollout.worker import Worker
 from rlx.wire import GroupRequest
-
-if TYPE_CHECKING:
-    from rlx.envs.openenv_server import EnvServers
 
 LOAD_TIMEOUT_S = 120.0
 CLOSE_TIMEOUT_S = 10.0
@@ -54,8 +52,6 @@ class RayEpisodes:
     async def start(self) -> None:
         urls: Mapping[str, str] = {}
         if self._config.envs:
-            from rlx.envs.openenv_server import EnvServers
-
             self._servers = EnvServers(self._config)
             await self._servers.start()
             urls = self._servers.urls

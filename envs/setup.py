@@ -10,8 +10,8 @@ from rlx.config import Config
 from rlx.envs.chat import Chat
 from rlx.envs.load import load_rollout
 from rlx.envs.openai_api import Endpoint
+from rlx.envs.openenv import OpenEnvs
 from rlx.envs.runner import EpisodeRunner
-from rlx.envs.session import Environments
 from rlx.tokenizer import load_tokenizer
 
 
@@ -20,7 +20,7 @@ class Parts:
     """`own_reward`: whether the episodes may bring a reward of their own."""
 
     runner: EpisodeRunner
-    environments: Environments | None
+    environments: OpenEnvs | None
     endpoint: Endpoint
     own_reward: bool
 
@@ -38,7 +38,7 @@ async def set_up(config: Config, urls: Mapping[str, str]) -> Parts:
     rollout = load_rollout(config, chat)
     if rollout.many_turns:
         await asyncio.to_thread(chat.check, config)
-    environments = _environments(config, urls)
+    environments = OpenEnvs(config, urls) if config.envs else None
     endpoint = Endpoint(config.base_model)
     await endpoint.start()
     runner = EpisodeRunner(
@@ -50,11 +50,3 @@ async def set_up(config: Config, urls: Mapping[str, str]) -> Parts:
         endpoint=endpoint,
     )
     return Parts(runner, environments, endpoint, rollout.own_reward)
-
-
-def _environments(config: Config, urls: Mapping[str, str]) -> Environments | None:
-    if not config.envs:
-        return None
-    from rlx.envs.openenv import OpenEnvs
-
-    return OpenEnvs(config, urls)
