@@ -65,7 +65,13 @@ Tokenizer: TypeAlias = PreTrainedTokenizerBase | None
 
 def first_row(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
     """The first row of the first data set, transformed: a sample for `rlx check`."""
-    return dict(_load_one(config, config.datasets[0], "datasets[0]", tokenizer)[0])
+    return first_rows(config, tokenizer, 1)[0]
+
+
+def first_rows(config: Config, tokenizer: Tokenizer, count: int) -> list[dict[str, Any]]:
+    """The first `count` rows of the first data set, or all when there are fewer."""
+    rows = _load_one(config, config.datasets[0], "datasets[0]", tokenizer)
+    return [dict(rows[index]) for index in range(min(count, len(rows)))]
 
 
 def prompt_at(config: Config, tokenizer: PreTrainedTokenizerBase, index: int) -> Prompt:
