@@ -52,6 +52,8 @@ class GenerateServer:
 
 
 class _Handler(BaseHTTPRequestHandler):
+    timeout = 60  # seconds that a client may leave its connection silent
+
     def answer(self, route: str, body: dict[str, Any]) -> dict[str, Any]:
         raise NotImplementedError
 

@@ -34,12 +34,20 @@ CLOSE_TIMEOUT_S = 3.0
 
 @dataclass(frozen=True)
 class _Kind:
-    """One kind of environment. `methods` are the names of its tools, `schemas` theirs and those of `trl.tools`."""
+    """One kind of environment. `methods` are the names of its tools, `schemas` theirs and those of `trl.tools`. `spare`
+    holds the one that was made to look at; the first episode has it."""
 
     factory: Callable[[], Any] | None
     methods: tuple[str, ...]
     schemas: tuple[dict[str, Any], ...]
     has_reward: bool
+    spare: list[Any] = field(default_factory=list)
+
+    async def make(self, ctx: Rollout) -> Any:
+        """An environment for one episode; None without a factory."""
+        if self.spare:
+            return self.spare.pop()
+        return await _call(self.factory, _name(ctx, "its constructor")) if self.factory else None
 
 
 @dataclass
@@ -81,7 +89,7 @@ class ToolLoop:
 
     async def __call__(self, ctx: Rollout) -> float | None:
         kind = self._kind_of(ctx.task)
-        environment = await _call(kind.factory, _name(ctx, "its constructor")) if kind.factory else None
+        environment = await kind.make(ctx)
         methods = {name: getattr(environment, name) for name in kind.methods}
         tools = _Tools({**self._functions, **methods}, frozenset(methods))
         try:
@@ -261,7 +269,7 @@ def _kind(factory: Callable[[], Any], name: str | None, schemas: list[dict[str, 
     if twice := taken.intersection(methods):
         raise UserCodeError(f"{key} ({kind.__name__}) and trl.tools both have {min(twice)!r}. Rename one.")
     own = [_schema(getattr(environment, member), f"{kind.__name__}.{member}", chat) for member in methods]
-    return _Kind(factory, methods, (*schemas, *own), has_reward="get_reward" in functions)
+    return _Kind(factory, methods, (*schemas, *own), has_reward="get_reward" in functions, spare=[environment])
 
 
 def _schema(function: Callable[..., Any], name: str, chat: Chat) -> dict[str, Any]:

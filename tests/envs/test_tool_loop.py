@@ -158,10 +158,7 @@ async def test_every_episode_has_an_environment_of_its_own(tmp_path):
 
     episodes, _ = await play(tmp_path, COUNTER, says, n=4)
     assert [episode.reward for episode in episodes] == [0.1] * 4
-    probed, *used = made(tmp_path)
-    assert len(used) == 4
-    assert probed.total == 0
-    assert all(environment.closed for environment in used)
+    assert [(environment.total, environment.closed) for environment in made(tmp_path)] == [(1, True)] * 4
 
 
 async def test_done_ends_the_episode(tmp_path):
