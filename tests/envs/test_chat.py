@@ -180,6 +180,17 @@ def test_a_template_whose_turns_depend_on_those_that_follow_is_refused():
         Chat(tokenizer).check()
 
 
+def test_a_template_that_ends_an_earlier_turn_otherwise_is_refused():
+    tokenizer = tiny_tokenizer("qwen3")
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+        "{{ '<|im_end|>\n' if loop.revindex < 4 or m.role == 'user' else '<pad>' }}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    with pytest.raises(ConfigError, match="once more turns follow"):
+        Chat(tokenizer).check()
+
+
 def test_a_template_that_changes_tool_turns_is_refused():
     tokenizer = tiny_tokenizer("qwen3", "qwen3_training")
     tokenizer.chat_template = tokenizer.chat_template.replace(
@@ -333,6 +344,20 @@ def test_a_template_of_unknown_family_parses_no_tools_unless_the_tokenizer_says_
 
 
 # --- the tokenizer in which text stays data
+
+
+def _metaspace() -> PreTrainedTokenizerFast:
+    pieces = ["<unk>", "<s>", "</s>", *(chr(i) for i in range(33, 127)), "▁"]
+    core = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    core.decoder = decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def test_text_behind_a_turn_begins_without_the_space_of_a_first_word():
+    tokenizer = _metaspace()
+    ids = Chat(tokenizer).text({"role": "user", "content": "ab c"})
+    assert tokenizer.convert_ids_to_tokens(ids.tolist()) == ["a", "b", "▁", "c"]
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram", "wordlevel"])
