@@ -47,16 +47,17 @@ class Leased:
             result = await self._session.step(action, **fields)
         except EnvLost as error:
             raise self._state.lose(error) from error.__cause__
-        if result.reward is not None:
-            turn = self._state.turns - 1 if self._state.turns else None
-            self._state.record(StepReward(finite("reward", result.reward), self.name, turn))
+        self._record(result.reward)
         return result
 
     async def call_tool(self, name: str, arguments: dict[str, Any]) -> Any:
+        """What the tool returned; a reward that the environment gave for it is recorded like that of a step."""
         try:
-            return await self._session.call_tool(name, arguments)
+            result = await self._session.call_tool(name, arguments)
         except EnvLost as error:
             raise self._state.lose(error) from error.__cause__
+        self._record(self._session.reward)
+        return result
 
     async def list_tools(self) -> list[dict[str, Any]]:
         try:
@@ -66,3 +67,8 @@ class Leased:
 
     async def close(self) -> None:
         await self._session.close()
+
+    def _record(self, reward: float | None) -> None:
+        if reward is not None:
+            turn = self._state.turns - 1 if self._state.turns else None
+            self._state.record(StepReward(finite("reward", reward), self.name, turn))

@@ -82,7 +82,9 @@ class Session:
         self.name = environment.name
         self.action_schema: dict[str, Any] = environment.schemas["action"]
         self.observation_schema: dict[str, Any] = environment.schemas["observation"]
-        self._take(first)
+        self.observation: Any = first.observation
+        self.reward: float | None = first.reward
+        self.done: bool = first.done
         self._environment, self._connection = environment, connection
         self._settings = environment.settings
 

@@ -13,6 +13,7 @@ from openenv_parts import HINT, FakeServer, config_with, until_instances
 from rlx.envs.chat import Chat
 from rlx.envs.openenv import OpenEnvs
 from rlx.envs.play import player, rendered
+from rlx.envs.rollout import Rollout
 from rlx.episode import Episode
 
 PLAIN = (
@@ -138,6 +139,23 @@ async def test_an_environment_that_is_lost_gives_no_reward(server: FakeServer) -
     assert (episode.status, episode.attempts, episode.reward) == ("env_lost", 3, None)
     assert "raised in a step" in episode.error
     assert [reset["seed"] for reset in server.resets] == [7, 7, 7]
+
+
+async def test_rewards_of_tools_are_recorded_like_those_of_steps(server: FakeServer) -> None:
+    server.schema = {"type": "object", "properties": {"type": {}, "tool_name": {"type": "string"}, "arguments": {}}}
+    config, chat = config_with({"name": "adder", "openenv": {"url": server.url}}), chat_of()
+
+    async def add(ctx: Rollout) -> None:
+        env = await ctx.env()
+        ctx.start(tools=await env.list_tools())
+        (call,) = (await ctx.turn()).tool_calls
+        ctx.completion = str(await env.call_tool(call.name, call.arguments or {}))
+
+    said = '<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": 3}}\n</tool_call><|im_end|>'
+    runner = runner_of(add, chat=chat, environments=OpenEnvs(config))
+    (episode,) = await runner.run(Policy(chat, [said]), group(chat=chat))
+    assert (episode.status, episode.error, episode.completion, episode.reward) == ("ok", "", "5", 0.5)
+    assert [(r.value, r.name, r.turn) for r in episode.step_rewards] == [(0.5, "adder", 0)]
 
 
 @pytest.mark.parametrize(
