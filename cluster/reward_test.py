@@ -80,10 +80,11 @@ async def _score(function: RewardPool, cases: Sequence[Case]) -> Scores:
         start = time.perf_counter()
         try:
             outcome, _ = await function.score(case.request)
-            values, how, error = outcome.values.tolist(), outcome.outcome, outcome.error
-        except RlxError as raised:
-            values, how, error = [math.nan] * len(case.request.completions), "refused", str(raised)
-        scores.calls.append(Call(case, values, time.perf_counter() - start, how, error))
+            given: tuple[list[float], str, str] = outcome.values.tolist(), outcome.outcome, outcome.error
+        except RlxError as error:  # no call will get it to work: the others are not tried
+            given = [math.nan] * len(case.request.completions), "refused", str(error)
+        values, how, told = given
+        scores.calls.append(Call(case, values, time.perf_counter() - start, how, told))
         if how == "refused":
             break
     return scores

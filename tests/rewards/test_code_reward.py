@@ -71,7 +71,7 @@ def test_a_program_that_fails_after_the_right_output_has_not_passed():
     "code",
     ["import os; os._exit(0)", "import sys; sys.exit(0)", "raise SystemExit", "exit()", "syntax error", "1/0", "",
      "print('passed')\nraise Exception", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
-     "import os\nfor fd in range(3, 20):\n    try: os.write(fd, b'passed\\nend\\n')\n    except OSError: pass\nos._exit(0)"],
+     "import os\nfor fd in range(3, 20):\n    try: os.write(fd, b'0 passed\\n0 passed\\n0 end\\n')\n    except OSError: pass\nos._exit(0)"],
 )  # fmt: skip
 def test_code_that_ends_before_its_tests_has_passed_none(code):
     result = run_python(code, ["assert True", "assert True"])
@@ -324,6 +324,12 @@ def test_the_reward_is_the_share_of_tests_passed():
     values = reward(texts, tests=[ASSERTS[:3]] * 3 + [None])
     assert values == [1.0, 1 / 3, 0.0, None]
     assert all_or_nothing(texts, tests=[ASSERTS[:3]] * 3 + [None]) == [1.0, 0.0, 0.0, None]
+
+
+def test_the_completions_of_a_group_run_side_by_side():
+    start = time.monotonic()
+    assert reward([fenced("import time; time.sleep(2)")] * 4, tests=[["assert True"]] * 4) == [1.0] * 4
+    assert time.monotonic() - start < 7
 
 
 def test_by_its_name_it_takes_a_test_program_and_an_entry_point_and_logs_how_it_went(tmp_path):
