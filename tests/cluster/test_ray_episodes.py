@@ -95,6 +95,12 @@ async def running(config: Config, runtime: RayRuntime) -> AsyncIterator[tuple[Ra
         await worker.close()
 
 
+async def gone(pid: int, start: int) -> None:
+    async with asyncio.timeout(15):
+        while alive(pid, start):  # noqa: ASYNC110 - a process that ends sets no event here
+            await asyncio.sleep(0.05)
+
+
 async def test_episodes_run_beside_each_other_in_a_process_of_their_own(tmp_path: Path, runtime: RayRuntime) -> None:
     async with running(make_config(tmp_path, "two_turns"), runtime) as (episodes, worker):
         results = await asyncio.gather(*(episodes.run(worker, request(f"g{i}", 4)) for i in range(3)))
@@ -112,7 +118,8 @@ async def test_episodes_run_beside_each_other_in_a_process_of_their_own(tmp_path
                 assert [m["role"] for m in e.completion] == ["assistant", "user", "assistant"], "its own, no other's"
         assert len({e.text for group in results for e in group}) > 3, "every episode is sampled for itself"
         [pid] = pids
-    assert pid not in descendants(1)
+        start = descendants(1)[pid]
+    await gone(pid, start)
 
 
 async def test_a_function_that_blocks_is_named_with_its_line_and_the_process_replaced(
@@ -146,12 +153,10 @@ async def test_a_thread_that_never_ends_times_out_and_its_process_goes(tmp_path:
     config = make_config(tmp_path, "never_ends", timeout=1.5, failure_budget=1.0)
     async with running(config, runtime) as (episodes, worker):
         pid = episodes.pids[0]
-        start = next(s for p, s in descendants(1).items() if p == pid)
+        start = descendants(1)[pid]
         stuck = await episodes.run(worker, request())
         assert [e.status for e in stuck] == ["timeout"] * 2
-        async with asyncio.timeout(15):
-            while alive(pid, start):  # noqa: ASYNC110 - a process that ends sets no event here
-                await asyncio.sleep(0.05)
+        await gone(pid, start)
 
 
 async def test_too_many_failures_end_the_run_with_the_first_traceback(tmp_path: Path, runtime: RayRuntime) -> None:
