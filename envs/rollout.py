@@ -9,6 +9,7 @@ Each row is one `Line`: a tape, and the conversation it stands for. `EpisodeStat
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ class Rollout:
 
     def __init__(self, state: EpisodeState, chat: Chat):
         request = state.request
-        self.task: Mapping[str, Any] = {"prompt": request.prompt, **request.columns}
+        self.task: Mapping[str, Any] = copy.deepcopy({"prompt": request.prompt, **request.columns})
         self.seed = request.seed
         self.group_id = request.key
         self.index = state.index
@@ -76,13 +77,13 @@ class Rollout:
     def start(self, messages: Sequence[Message] | None = None, tools: Sequence[Tool] | None = None) -> None:
         """Open a row with `messages`; None is the group's own prompt."""
         request = self._state.request
-        own = list(request.prompt) if isinstance(request.prompt, list) else None
+        own = copy.deepcopy(request.prompt) if isinstance(request.prompt, list) else None
         given = own if messages is None else list(messages)
         if given is None and tools:
             raise ValueError("start: tools need messages, and the prompt of this row is text. Give it as messages.")
-        group_prompt = not tools and (messages is None or given == own)
+        group_prompt = not tools and (given is own or (given and own and _same(given, own)))
         ids = request.prompt_ids if group_prompt else self.chat.start(given or (), tools)
-        tape = Tape(ids, group_prompt=group_prompt)
+        tape = Tape(ids, group_prompt=bool(group_prompt))
         self._open(Line(tape, list(given or ()), list(tools) if tools else None, plain=given is None))
 
     async def turn(self, **sampling: Any) -> Turn:
@@ -129,9 +130,10 @@ class Rollout:
     async def generate(self, ids: Sequence[int], **sampling: Any) -> Turn:
         """Sample after the token ids `ids` [N]. Where they begin with all of a row of this episode, the row goes on
         and the rest is context; otherwise they are the prompt of a new row."""
-        prompt = np.asarray(ids, dtype=np.int32)
-        if prompt.ndim != 1 or not len(prompt):
-            raise ValueError(f"generate: one row of token ids is expected, got shape {prompt.shape}")
+        given = np.asarray(ids)
+        if given.ndim != 1 or not len(given) or given.dtype.kind not in "iu" or given.min() < 0:
+            raise ValueError(f"generate: one row of token ids is expected, got {given.dtype} of shape {given.shape}")
+        prompt = given.astype(np.int32)
         line = self._extended_by(prompt)
         if line is None:
             group_prompt = np.array_equal(prompt, self._state.request.prompt_ids)
@@ -170,7 +172,7 @@ class Rollout:
 
     def reward(self, value: float, *, name: str = "env", turn: int | None = None) -> None:
         """A reward of the turn `turn`, counted from 0; None belongs to the whole episode."""
-        self._state.record(StepReward(finite("reward", value), name, turn))
+        self._state.record(StepReward(finite("reward", value), str(name), None if turn is None else int(turn)))
 
     def metric(self, key: str, value: float) -> None:
         """A number of this episode; given twice, the last one counts."""
@@ -271,18 +273,22 @@ class Rollout:
 
     def _continued_by(self, messages: Sequence[Message], tools: Sequence[Tool] | None) -> Line | None:
         """The row that begins `messages` and to which the rest can be appended."""
-        wanted = [_comparable(message) for message in messages]
         fitting = []
         for line in self._state.lines:
             rest = messages[len(line.messages) :]
             if line.busy or line.plain or (line.tools or []) != list(tools or []):
                 continue
-            if wanted[: len(line.messages)] != [_comparable(message) for message in line.messages]:
+            if not _same(messages[: len(line.messages)], line.messages):
                 continue
             spoken = line.phase != "prompt"
             if bool(rest) == spoken and not any(message["role"] == "assistant" for message in rest):
                 fitting.append(line)
         return max(fitting, key=lambda line: (len(line.messages), line is self._line), default=None)
+
+
+def _same(some: Sequence[Message], others: Sequence[Message]) -> bool:
+    """Whether two conversations are the same, however their clients write them."""
+    return [_comparable(message) for message in some] == [_comparable(message) for message in others]
 
 
 def _comparable(message: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -13,8 +13,9 @@ import asyncio
 import json
 import math
 import numbers
+import reprlib
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +94,7 @@ class EpisodeRunner:
             in_time = call.done()
         finally:
             state.end()
-            notes += await _stopped(call)
-            notes += await state.close()
+            notes += await _to_the_end(_cleaned_up(call, state))
         return self._ended(state, call if in_time else None, notes)
 
     async def _call(self, state: EpisodeState) -> Any:
@@ -124,6 +124,8 @@ class EpisodeRunner:
         completion = self._completion(state)
         if status == "ok":
             status, error = _judged(state, value, completion)
+        if status in SCORABLE and (wrong := _not_json(state.extra, completion)):
+            status, error = "aborted", f"ctx.extra and ctx.completion go to the reward functions as JSON: {wrong}"
         if status not in SCORABLE:
             completion, state.extra = None, {}
         error = "\n".join([error, *notes]).strip()
@@ -143,6 +145,23 @@ class EpisodeRunner:
         if raised is not None:
             return "aborted", user_traceback(raised, hide=_OURS)
         return "ok", ""
+
+
+async def _to_the_end(work: Coroutine[Any, Any, list[str]]) -> list[str]:
+    """The result of `work`, which is bounded, also where this is cancelled; the cancellation follows it."""
+    task, cancelled = asyncio.create_task(work), None
+    while not task.done():
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        raise cancelled
+    return task.result()
+
+
+async def _cleaned_up(call: asyncio.Task[Any], state: EpisodeState) -> list[str]:
+    return [*await _stopped(call), *await state.close()]
 
 
 async def _stopped(call: asyncio.Task[Any]) -> list[str]:
@@ -165,19 +184,15 @@ def _outcome(call: asyncio.Task[Any]) -> tuple[Any, BaseException | None]:
 def _judged(state: EpisodeState, value: Any, completion: Any) -> tuple[Status, str]:
     """The status of an episode whose function returned `value`."""
     if value is not None and not isinstance(value, numbers.Real | np.bool_):
-        kind = type(value).__name__
-        return "aborted", f"trl.rollout_func returned a {kind}, {value!r:.80}. Return the reward as a number, or None."
-    if value is not None and not math.isfinite(value):
-        return "aborted", f"trl.rollout_func returned {value}. Return a finite number, or None."
+        kind, shown = type(value).__name__, reprlib.repr(value)
+        return "aborted", f"trl.rollout_func returned a {kind}, {shown}. Return the reward as a number, or None."
+    if value is not None and not _is_finite(value):
+        return "aborted", f"trl.rollout_func returned {reprlib.repr(value)}. Return a finite number, or None."
     if not any(line.tape.num_sampled for line in state.lines):
         return "aborted", (
             "trl.rollout_func never generated through ctx: there is nothing to train. Sample with ctx.turn(), "
             "ctx.generate(ids), ctx.reply(messages), or an agent at ctx.openai."
         )
-    try:
-        json.dumps([state.extra, completion])
-    except (TypeError, ValueError) as error:
-        return "aborted", f"ctx.extra and ctx.completion go to the reward functions as JSON: {error}"
     if state.over_budget:
         return "truncated", ""
     return "ok", ""
@@ -202,6 +217,22 @@ def _episode(state: EpisodeState, status: Status, error: str, value: Any, comple
         exact=state.exact,
         error=error,
     )
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond every float
+        return False
+
+
+def _not_json(*values: Any) -> str:
+    """What keeps `values` from being JSON; empty where nothing does."""
+    try:
+        json.dumps(values)
+    except (TypeError, ValueError, RecursionError) as error:
+        return f"{error}"
+    return ""
 
 
 def _only(kind: type[BaseException], error: BaseException | None) -> bool:

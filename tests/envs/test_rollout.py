@@ -352,8 +352,9 @@ async def test_ids_that_extend_a_row_continue_it_and_others_open_one():
     assert [row.tolist() for row in _rows(ctx)] == [[1, 2, 40, 9, 41, 43], [1, 2, 77, 42]]
     rows = [line.tape.row() for line in ctx._state.lines]
     assert [row.mask.tolist() for row in rows] == [[True, False, True, True], [True]]
-    with pytest.raises(ValueError, match="one row of token ids"):
-        await ctx.generate([])
+    for wrong in ([], [[1]], [1.5], [-1], ["a"]):
+        with pytest.raises(ValueError, match="one row of token ids"):
+            await ctx.generate(wrong)
 
 
 async def test_ids_of_the_prompt_of_the_group_are_its_prompt():

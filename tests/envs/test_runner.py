@@ -96,6 +96,7 @@ async def test_without_a_return_value_the_reward_is_the_sum_of_the_steps():
         ({"reward": 1}, "returned a dict"),
         (float("nan"), "returned nan"),
         (float("inf"), "returned inf"),
+        (10**400, "Return a finite number"),
         (1j, "returned a complex"),
         (np.complex64(1), "returned a complex64"),
         (np.asarray([1.0]), "returned a ndarray"),
@@ -158,10 +159,11 @@ async def test_what_cannot_be_sent_as_json_aborts_the_episode_that_made_it():
         ctx.extra["array"] = np.ones(2)
         return 1.0
 
-    episode = await _one(function)
-    assert episode.status == "aborted"
-    assert "ctx.extra" in episode.error
-    assert episode.extra == {}
+    for max_tokens in (500, 2):
+        episode = await _one(function, request=group(max_tokens=max_tokens))
+        assert episode.status == "aborted"
+        assert "ctx.extra" in episode.error
+        assert episode.extra == {}
 
 
 # --- truncated
@@ -509,6 +511,45 @@ async def test_a_group_that_is_cancelled_cancels_everything():
     assert sorted(policy.cancelled) == ["g:0.0.0", "g:1.0.0"]
     assert [s.closed for s in environments.sessions] == [1, 1]
     assert _nothing_left()
+
+
+async def test_environments_are_closed_also_when_the_cancellation_comes_twice(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(runner_module, "GRACE_S", 0.2)
+    environments, cleaning = FakeEnvironments(), asyncio.Event()
+
+    async def function(ctx: Rollout) -> None:
+        await ctx.env()
+        try:
+            await ctx.turn()
+        finally:
+            cleaning.set()
+            await asyncio.sleep(0.1)
+
+    policy = _policy()
+    policy.gate.clear()
+    running = asyncio.create_task(runner_of(function, environments=environments).run(policy, group()))
+    await policy.asked(1)
+    running.cancel()
+    await cleaning.wait()
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert [s.closed for s in environments.sessions] == [1]
+    assert _nothing_left()
+
+
+async def test_what_one_episode_does_to_its_task_is_not_seen_by_another():
+    async def function(ctx: Rollout) -> float:
+        ctx.task["prompt"][0]["content"] += "!"
+        ctx.task["tests"].append(1)
+        await ctx.turn()
+        ctx.messages[0]["content"] = "changed"
+        return len(ctx.task["tests"])
+
+    policy, request = _policy(), group(n=2, columns={"tests": []})
+    episodes = await runner_of(function).run(policy, request)
+    assert [e.reward for e in episodes] == [1.0, 1.0]
+    assert (request.prompt, request.columns) == ([{"role": "user", "content": "hi"}], {"tests": []})
 
 
 async def test_an_error_of_the_endpoint_decides_even_where_the_agent_swallows_it():
