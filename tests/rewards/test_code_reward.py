@@ -366,3 +366,14 @@ def wait_until(condition, seconds: float = 20) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_the_example_of_the_guide_grades_with_limits_of_its_own(tmp_path):
+    guide = (Path(__file__).parents[2] / "docs" / "guides" / "code_rewards.md").read_text()
+    (tmp_path / "rewards.py").write_text(
+        guide.split("```python\n")[1].split("```")[0].replace("memory_mib=2048", "memory_mib=600")
+    )
+    row = json.loads(guide.split("```json\n")[1].split("```")[0])
+    mine = load_reward("rewards.reward", tmp_path, "key")
+    request = ScoreRequest(row["prompt"], [fenced(DOUBLE), fenced("double = abs")], [[0]] * 2, {"tests": row["tests"]})
+    assert score_group(mine, request).tolist() == [1.0, 0.0]

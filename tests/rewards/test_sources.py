@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import yaml
 
 from rlx.errors import UserCodeError
 from rlx.rewards.sources import kind_of, load_source
@@ -57,3 +60,9 @@ def test_an_address_without_a_host_or_with_a_password_in_it_is_refused(tmp_path)
         with pytest.raises(UserCodeError, match="RLX_REWARD_TOKEN") as caught:
             load_source(name, tmp_path, "key")
         assert "is not an address to POST to" in str(caught.value)
+
+
+def test_the_entries_of_the_guide_are_what_it_says_they_are(tmp_path):
+    guide = (Path(__file__).parents[2] / "docs" / "guides" / "reward_models.md").read_text()
+    names = yaml.safe_load(guide.split("```yaml\n")[1].split("```")[0])["trl"]["reward_funcs"]
+    assert [kind_of(name, tmp_path) for name in names] == ["function", "model", "model", "url"]
