@@ -59,6 +59,9 @@ class ProgressReport(TrainerCallback):
             self._bar = None
 
 
+_NOT_EXACT = "The rollout function returned other tokens or text than it sampled (docs/guides/rollouts.md)."
+
+
 class FailureNotes:
     """Says the first failure of each reward function and each way that an episode can fail, once, with its cause."""
 
@@ -76,6 +79,8 @@ class FailureNotes:
             for episode in group.episodes:
                 if not episode.scorable:
                     self._say(f"episode {episode.status}", "it is left out of its group", episode.error)
+                elif not episode.exact:
+                    self._say("episode not exact", "what was sampled is trained, whatever was returned", _NOT_EXACT)
 
     def _say(self, what: str, consequence: str, cause: str) -> None:
         if what not in self._said:
