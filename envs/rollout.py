@@ -298,8 +298,10 @@ def _comparable(message: Mapping[str, Any]) -> tuple[Any, ...]:
         (call["function"].get("name"), _canonical(call["function"].get("arguments")))
         for call in plain.get("tool_calls", ())
     ]
-    content = plain["content"]
-    return plain["role"], content if isinstance(content, str) else _canonical(content), calls, plain.get("tool_call_id")
+    content = plain["content"] if isinstance(plain["content"], str) else _canonical(plain["content"])
+    if plain["role"] == "assistant":
+        content = content.strip()  # as many clients send it back
+    return plain["role"], content, calls, plain.get("tool_call_id")
 
 
 def _canonical(value: Any) -> str:

@@ -365,7 +365,7 @@ async def test_ids_of_the_prompt_of_the_group_are_its_prompt():
 
 
 async def test_a_conversation_sent_whole_each_time_stays_one_row():
-    policy = Policy(chat_of(), [CALL, "four<|im_end|>", "bye<|im_end|>"])
+    policy = Policy(chat_of(), [CALL, "\n\nfour <|im_end|>", "bye<|im_end|>"])
     ctx = _rollout(policy)
     sent: list[dict[str, Any]] = [USER]
     turn = await ctx.reply(sent, [TOOL])
