@@ -8,12 +8,16 @@ import math
 import os
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 from tiny_models import make_tiny_tokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
+from rlx.cluster.check import check_main
 from rlx.cluster.reward_cases import ANSWER, EMPTY, LONG, PROMPT, SAVED, Case, saved_cases, trivial_cases
 from rlx.cluster.reward_report import Call, Scores, oddities, show
 from rlx.cluster.reward_test import score_all
@@ -171,6 +175,17 @@ def shown(scores: list[Scores], saved: bool = False) -> str:
     return out.getvalue()
 
 
+def test_a_check_loads_no_model_and_calls_nobody_but_tells_what_cannot_be_one(tmp_path, capsys):
+    (tmp_path / "judge").mkdir()
+    (tmp_path / "judge" / "config.json").write_text("{}")
+    config = config_with(tmp_path, "./judge, 'http://127.0.0.1:9/score', ./jugde")
+    assert check_main(config, 1) == 1
+    text = capsys.readouterr().out
+    assert "note  not checked: reward ./judge, a model, is not loaded; `rlx reward test` does" in text
+    assert "note  not checked: reward http://127.0.0.1:9/score, another process, is not called" in text
+    assert "error trl.reward_funcs[2] (./jugde): there is no folder './jugde' next to the YAML" in text
+
+
 # --- in real processes
 
 
@@ -193,6 +208,46 @@ async def test_every_reward_is_scored_to_the_end_whatever_the_others_do(tmp_path
     assert "ZeroDivisionError" in text
     assert "asks for 'gold'" in text
     assert "not loaded" in text
+
+
+class _Scorer(BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        answer = json.dumps([float(len(text)) for text in body["completions"]]).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("runtime")
+async def test_a_model_and_an_address_score_in_processes_of_their_own(tmp_path):
+    judge = AutoConfig.for_model(
+        "llama", vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, num_labels=1, pad_token_id=0,
+    )  # fmt: skip
+    AutoModelForSequenceClassification.from_config(judge).save_pretrained(tmp_path / "judge")
+    make_tiny_tokenizer().save_pretrained(tmp_path / "judge")
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Scorer) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        config = config_with(tmp_path, f"judge, 'http://127.0.0.1:{server.server_port}/score', rlx.rewards.code")
+        rows = [
+            {"prompt": "Write double.", "tests": ["assert double(2) == 4"], "answer": "def double(x): return 2 * x"}
+        ]
+        (tmp_path / "rows.jsonl").write_text(json.dumps(rows[0]))
+        model, remote, code = await score_all(config, trivial_cases(config, 1, None))
+        server.shutdown()
+        thread.join(5)
+    assert not model.failed, model.broken or model.failures[0].error
+    assert len({round(value, 6) for kind in (EMPTY, PROMPT, ANSWER, LONG) for value in model.values(kind)}) == 4
+    assert remote.values(ANSWER) == [27.0] * 2
+    assert code.values(ANSWER) == [1.0] * 2
+    assert code.values(EMPTY) == [0.0] * 2
 
 
 @pytest.mark.slow

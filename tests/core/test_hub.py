@@ -37,6 +37,18 @@ def test_a_run_with_local_files_only_asks_nobody(tmp_path):
     assert "HF_HUB_OFFLINE" not in os.environ
 
 
+@pytest.mark.parametrize(
+    ("reward", "offline"),
+    [("org/judge", True), ("./judge", False), ("../r.py:f", False), ("http://127.0.0.1:1/x", False)],
+)
+def test_a_reward_model_of_the_hub_is_named_too_and_a_generated_data_set_is_not(tmp_path, reward, offline):
+    for folder in ("model", "judge"):
+        (tmp_path / folder).mkdir()
+    loaded = config(tmp_path, "model", f"reasoning_gym:chain_sum\ntrl: {{reward_funcs: ['{reward}']}}")
+    settle_hub(loaded)
+    assert ("HF_HUB_OFFLINE" in os.environ) is offline
+
+
 def test_a_folder_is_found_next_to_the_yaml_and_a_missing_one_names_its_key(tmp_path):
     (tmp_path / "model").mkdir()
     with pytest.raises(ConfigError, match=r"base_model: .*model holds no model: config\.json is missing"):
