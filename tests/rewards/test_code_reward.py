@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from rlx.errors import UserCodeError
+from rlx.errors import ServiceError, UserCodeError
 from rlx.processes import descendants
+from rlx.rewards import code as code_reward
 from rlx.rewards.code import CodeResult, all_or_nothing, extract_code, grade, reward, run_python
 from rlx.rewards.scoring import ScoreRequest, load_reward, score_group
 
@@ -377,3 +378,15 @@ def test_the_example_of_the_guide_grades_with_limits_of_its_own(tmp_path):
     mine = load_reward("rewards.reward", tmp_path, "key")
     request = ScoreRequest(row["prompt"], [fenced(DOUBLE), fenced("double = abs")], [[0]] * 2, {"tests": row["tests"]})
     assert score_group(mine, request).tolist() == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [("import time; time.sleep(100)", "did not end in 0.1 s"), ("raise ValueError('no')", "failed: .*ValueError: no")],
+)
+def test_a_sandbox_that_hangs_or_fails_is_an_error_and_not_a_verdict(tmp_path, monkeypatch, script, message):
+    (tmp_path / "sandbox.py").write_text(script)
+    monkeypatch.setattr(code_reward, "_SANDBOX", tmp_path / "sandbox.py")
+    monkeypatch.setattr(code_reward, "_GRACE_S", 0.2)
+    with pytest.raises(ServiceError, match=f"(?s){message}"):
+        run_python("x = 1", ["assert x"], timeout_s=0.1)
