@@ -63,6 +63,8 @@ class FakeServer:
         self.sessions, self.most, self.opened = 0, 0, 0
         self.refusals, self.schema_requests = 0, 0
         self.factory_fails = False
+        self.observation = ""
+        """Of every step, in place of the game's."""
         self.resets: list[dict[str, Any]] = []
         self.actions: list[dict[str, Any]] = []
         self.url = ""
@@ -174,7 +176,7 @@ class _Game:
         self.tries += 1
         right = guess == self.number
         text = "right" if right else "higher" if isinstance(guess, int) and guess < self.number else "lower"
-        text = "x" * (17 << 20) if self.reset.get("fault") == "huge" else text
+        text = "x" * (17 << 20) if self.reset.get("fault") == "huge" else self.server.observation or text
         await _observe(socket, {"message": text, "tries": self.tries}, 1.0 if right else -0.1, right or self.tries >= 5)
 
     async def misbehave(self, where: str, socket: ServerConnection) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -110,6 +111,15 @@ async def test_calls_after_the_end_are_not_made(server: FakeServer) -> None:
     call = '<tool_call>\n{"name": "step", "arguments": {"guess": 7}}\n</tool_call>'
     episode, _ = await played(server, chat_of(), [f"{call}\n{call}"])
     assert (episode.reward, len(server.actions)) == (1.0, 1)
+
+
+async def test_a_long_observation_ends_the_episode_as_truncated_before_it_is_tokenised(server: FakeServer) -> None:
+    server.observation = "x" * 8_000_000
+    began = time.monotonic()
+    episode, _ = await played(server, plain_chat(), ["1", "2"])
+    assert time.monotonic() - began < 2
+    assert (episode.status, episode.reward, episode.turns) == ("truncated", pytest.approx(-0.1), 1)
+    assert "'guess' showed 8,000,000 characters" in episode.error
 
 
 async def test_a_prompt_that_is_text_goes_on_as_text(server: FakeServer) -> None:
