@@ -1,11 +1,11 @@
-# make quickstart | test | check | install        Needs Python 3.11 and make, nothing else.
+# make quickstart | test | check | install | openenv        Needs Python 3.11 and make, nothing else.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 TORCH := 2.13.0
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: quickstart install test test-fast check docs clean
+.PHONY: quickstart install openenv test test-fast check docs clean
 
 quickstart: install
 	@$(BIN)/python examples/quickstart/make_model.py --out examples/quickstart/out
@@ -22,7 +22,16 @@ install: .venv/installed
 	@$(PIP) install -q --no-deps --no-build-isolation -e .
 	@touch .venv/installed
 
-test: install
+# OpenEnv servers need versions that rlx's environment does not have.
+openenv: .venv-openenv/installed
+
+.venv-openenv/installed: requirements/openenv.txt
+	@echo "installing OpenEnv into .venv-openenv, for its example and its tests"
+	@$(PYTHON) -m venv .venv-openenv
+	@.venv-openenv/bin/python -m pip --disable-pip-version-check install -q --no-deps -r requirements/openenv.txt
+	@touch .venv-openenv/installed
+
+test: install openenv
 	@$(BIN)/python -m pytest
 
 test-fast: install
@@ -38,4 +47,4 @@ docs: install
 	@$(BIN)/python -m rlx.config.reference
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv .venv-openenv build *.egg-info
