@@ -11,7 +11,6 @@ is data (`rlx.envs.data_text`). Without a chat template there are no turns: text
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,12 +26,11 @@ from transformers.utils.chat_template_utils import DocstringParsingException, Ty
 from rlx.config import Config
 from rlx.envs import template_check
 from rlx.envs.data_text import DataText
+from rlx.envs.messages import Message, Tool, made_up_call, normalised, with_string_arguments
 from rlx.envs.tool_calls import Parsed, parse_calls
 from rlx.errors import ConfigError, UserCodeError
 from rlx.tokenizer import template_folder
 
-Message = dict[str, Any]
-Tool = dict[str, Any] | Callable[..., Any]
 _PREFIX_TOKENS = 256
 """So many tokens before a turn are shown to the parser: enough for the header of the turn."""
 
@@ -174,7 +172,7 @@ class Chat:
             try:
                 return rendered(messages)
             except TypeError:  # some templates (DeepSeek-V3's) add the arguments of a call to a string
-                return rendered([_with_string_arguments(message) for message in messages])
+                return rendered([with_string_arguments(message) for message in messages])
         except (TemplateError, TypeError) as error:
             roles = ", ".join(str(message.get("role")) for message in messages)
             raise TemplateRefused(f"the chat template does not render messages of {roles}: {error}") from error
@@ -197,7 +195,7 @@ class Chat:
         answers = [message for message in messages if message["role"] == "tool"]
         if not answers:
             return self._cut([_QUESTION, {"role": "assistant", "content": mark}], messages, tools, mark)
-        made_up = [_call(answer, index, mark, calls) for index, answer in enumerate(answers)]
+        made_up = [made_up_call(answer, index, mark, calls) for index, answer in enumerate(answers)]
         try:
             turn = {"role": "assistant", "content": "", "tool_calls": made_up}
             return self._cut([_QUESTION, turn], messages, tools, mark)
@@ -230,7 +228,7 @@ class Chat:
             message = {"role": role, "content": mark, "name": "tool"}
             turn: Message = {"role": "assistant", "content": "x"}
             if role == "tool":
-                turn = {**turn, "content": "", "tool_calls": [_call(message, 0, "x", ())]}
+                turn = {**turn, "content": "", "tool_calls": [made_up_call(message, 0, "x", ())]}
             if mark not in self.render([_QUESTION, turn, message], tools):
                 raise TemplateRefused(f"the chat template leaves out messages of the role {role!r}")
             self._rendered_roles.add(role)
@@ -301,44 +299,7 @@ class Chat:
         )
 
 
-def normalised(message: Mapping[str, Any]) -> Message:
-    """A message as templates take it: text parts joined, no content as "", developer as system, arguments as objects."""
-    content = message.get("content")
-    if isinstance(content, list) and all(isinstance(part, dict) and "text" in part for part in content):
-        content = "".join(str(part["text"]) for part in content)
-    role = "system" if message["role"] == "developer" else message["role"]
-    plain = {**message, "role": role, "content": "" if content is None else content}
-    if plain.get("tool_calls"):
-        plain["tool_calls"] = [_with_object(call) for call in plain["tool_calls"]]
-    return {key: value for key, value in plain.items() if value is not None}
-
-
 _QUESTION = {"role": "user", "content": "x"}
-
-
-def _with_object(call: Mapping[str, Any]) -> Message:
-    function = dict(call.get("function") or {})
-    try:
-        arguments = json.loads(function.get("arguments") or "{}")
-    except (TypeError, ValueError):  # an object already, or text that is none
-        arguments = function["arguments"]
-    return {**call, "function": {**function, "arguments": arguments}}
-
-
-def _with_string_arguments(message: Message) -> Message:
-    calls = [
-        {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"])}}
-        for call in message.get("tool_calls") or ()
-    ]
-    return {**message, "tool_calls": calls} if calls else message
-
-
-def _call(answer: Message, index: int, mark: str, calls: Sequence[Message]) -> Message:
-    """A made-up call for the tool message `answer`, named like the real one where there is one."""
-    number = str(answer.get("tool_call_id") or f"call{index:05d}")
-    real = next((call for call in calls if call.get("id") == number), calls[index] if index < len(calls) else None)
-    name = str(answer.get("name") or (real["function"]["name"] if real else "") or "tool")
-    return {"id": number, "type": "function", "function": {"name": name, "arguments": {"key": mark}}}
 
 
 def _common_prefix(one: str, other: str) -> str:

@@ -16,8 +16,9 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from rlx.config import Config
-from rlx.envs.chat import Chat, Message
+from rlx.envs.chat import Chat
 from rlx.envs.errors import ActionError, EpisodeTruncated
+from rlx.envs.messages import Message
 from rlx.envs.openenv_actions import describe, required, shown
 from rlx.envs.rollout import Rollout, Turn
 from rlx.envs.session import EnvSession

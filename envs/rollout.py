@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from rlx.envs.chat import Chat, Message, Tool, normalised
+from rlx.envs.chat import Chat
 from rlx.envs.errors import EnvLost, EpisodeTruncated
 from rlx.envs.lease import Leased
+from rlx.envs.messages import Message, Tool, normalised
 from rlx.envs.session import EnvSession
 from rlx.envs.state import EpisodeState, Line, OpenAIEndpoint, finite
 from rlx.envs.tape import Tape

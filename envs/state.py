@@ -12,8 +12,8 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from rlx.envs.chat import Message, Tool
 from rlx.envs.errors import EnvLost, EpisodeTruncated
+from rlx.envs.messages import Message, Tool
 from rlx.envs.session import Environments, EnvSession
 from rlx.envs.tape import Tape
 from rlx.episode import StepReward
