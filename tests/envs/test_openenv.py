@@ -190,6 +190,16 @@ async def test_closing_gives_every_session_back(url: str) -> None:
     assert await instances(url) == 0
 
 
+async def test_closing_twice_gives_one_lease_back(url: str) -> None:
+    async with environments(url, max_sessions=2) as envs:
+        first, _ = [await opened(envs) for _ in range(2)]
+        await first.close()
+        await first.close()
+        await opened(envs)
+        with pytest.raises(EnvLost, match="all sessions of this process are in use"):
+            await opened(envs, seconds=0.2)
+
+
 async def test_steps_side_by_side_get_their_own_answers(url: str) -> None:
     async with environments(url) as envs:
         session = await opened(envs)
@@ -355,7 +365,7 @@ async def test_a_factory_that_fails_is_told_unless_sessions_are_open(server: Fak
         waiting = asyncio.create_task(opened(envs))
         await server.refused(1)
         await session.close()
-        with pytest.raises(EnvLost, match="FACTORY_ERROR: the factory failed"):
+        with pytest.raises(EnvLost, match=r"http:\S+: FACTORY_ERROR: the factory failed"):
             await waiting
         server.factory_fails = False
         assert await one_episode(envs) == pytest.approx(0.7)
@@ -365,6 +375,14 @@ async def test_resets_get_the_seed_and_the_arguments_of_the_configuration(server
     async with environments(server.url, reset={"level": 2, "mode": "easy"}) as envs:
         await opened(envs, seed=5, level=3)
     assert server.resets == [{"level": 3, "mode": "easy", "seed": 5}]
+
+
+async def test_a_server_without_schemas_is_told_and_keeps_no_session(server: FakeServer) -> None:
+    async with environments(server.url) as envs:
+        server.schema = 3  # type: ignore[assignment]
+        with pytest.raises(EnvLost, match="GET /schema gave no schemas"):
+            await opened(envs)
+        await until_instances(server.url, 0)
 
 
 async def test_environments_are_found_by_name_and_number(server: FakeServer) -> None:

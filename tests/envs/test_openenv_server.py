@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shlex
 import signal
@@ -64,12 +65,21 @@ def server_of(servers: EnvServers, name: str = "env0") -> Any:
     return servers._servers[name]
 
 
+def processes_in(folder: Path) -> set[int]:
+    """The processes that run in `folder`, where the servers of a test do."""
+    found = set()
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if (entry / "cwd").readlink() == folder:
+                found.add(int(entry.name))
+    return found
+
+
 def port_of(url: str) -> int:
     return int(url.rpartition(":")[2])
 
 
 async def test_servers_run_until_they_are_closed_and_leave_nothing(tmp_path: Path) -> None:
-    before = descendants(os.getpid())
     config = config_of(tmp_path, fake_command(), shlex.join(fake_command()))
     async with running(config) as (servers, environments):
         urls = servers.urls
@@ -77,21 +87,19 @@ async def test_servers_run_until_they_are_closed_and_leave_nothing(tmp_path: Pat
         for name in urls:
             session = await environments.open(name, seed=3, deadline=time.monotonic() + 30)
             assert (await session.step(guess=3)).done
-        assert len(descendants(os.getpid())) - len(before) == 2
+        assert len(processes_in(tmp_path)) == 2
         await servers.close()
-        assert descendants(os.getpid()).keys() == before.keys()
+        assert processes_in(tmp_path) == set()
     assert all(is_free("127.0.0.1", port_of(url)) for url in urls.values())
 
 
 async def test_what_a_server_starts_ends_with_it(tmp_path: Path) -> None:
-    before = descendants(os.getpid())
     command = f"sleep 1000 & setsid sleep 1000 & {shlex.join(fake_command())}; true"
     async with running(config_of(tmp_path, ["sh", "-c", command])) as (servers, environments):
         assert await play(environments)
-        await until(lambda: len(descendants(os.getpid())) - len(before) == 4)
-        below = descendants(os.getpid()).items() - before.items()
+        await until(lambda: len(processes_in(tmp_path)) == 4)
         await servers.close()
-        await until(lambda: not any(alive(pid, start) for pid, start in below))
+        await until(lambda: not processes_in(tmp_path))
 
 
 async def test_the_command_runs_next_to_the_yaml_and_is_told_its_port_twice(tmp_path: Path) -> None:
@@ -114,7 +122,6 @@ async def test_the_command_runs_next_to_the_yaml_and_is_told_its_port_twice(tmp_
 async def test_a_server_that_does_not_come_up_is_told_with_the_end_of_its_log(
     tmp_path: Path, command: list[str], settings: dict[str, Any], said: str
 ) -> None:
-    before = descendants(os.getpid())
     with pytest.raises(ServiceUnavailable, match=said) as caught:
         async with running(config_of(tmp_path, command, **settings)):
             pass
@@ -122,15 +129,14 @@ async def test_a_server_that_does_not_come_up_is_told_with_the_end_of_its_log(
     log = tmp_path / "outputs" / "logs" / "env-env0.log"
     if "licence" in command[-1]:
         assert f"The end of {log}:\n    no licence" in str(caught.value)
-    assert descendants(os.getpid()).keys() == before.keys()
+    await until(lambda: not processes_in(tmp_path))
 
 
 async def test_when_one_server_does_not_come_up_none_is_left(tmp_path: Path) -> None:
-    before = descendants(os.getpid())
     with pytest.raises(ServiceUnavailable, match="status 1"):
         async with running(config_of(tmp_path, ["sleep", "60"], "false")):
             pass
-    assert descendants(os.getpid()).keys() == before.keys()
+    await until(lambda: not processes_in(tmp_path))
 
 
 async def test_a_server_that_dies_is_restarted_on_its_port(tmp_path: Path) -> None:
