@@ -13,7 +13,6 @@ import os
 import pwd
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -137,22 +136,20 @@ def run_python(
 def _sandboxed(spec: dict[str, Any], packages: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """How the code was contained, and the results of the jobs, fewer when they ran out of time."""
     python = {sys.base_prefix, *([sys.prefix] if packages else [])}
-    with tempfile.TemporaryDirectory(prefix="rlx-code-", ignore_cleanup_errors=True) as folder:
-        os.chmod(folder, 0o711)
-        spec |= {"workdir": folder, "homes": _homes(), "python": sorted(python), "output_bytes": _OUTPUT_BYTES}
-        command = [sys.executable, "-I", *([] if packages else ["-S"]), str(_SANDBOX)]
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-            cwd="/", env={"PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        try:
-            out, err = process.communicate(json.dumps(spec).encode(), spec["timeout_s"] + _GRACE_S)
-        except subprocess.TimeoutExpired:
-            raise ServiceError(f"the sandbox of rlx.rewards.code did not end in {spec['timeout_s']:g} s") from None
-        finally:
-            if process.poll() is None:
-                kill_tree(process)
-                process.communicate()
+    spec |= {"homes": _homes(), "python": sorted(python), "output_bytes": _OUTPUT_BYTES}
+    command = [sys.executable, "-I", *([] if packages else ["-S"]), str(_SANDBOX)]
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+        cwd="/", env={"PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    try:
+        out, err = process.communicate(json.dumps(spec).encode(), spec["timeout_s"] + _GRACE_S)
+    except subprocess.TimeoutExpired:
+        raise ServiceError(f"the sandbox of rlx.rewards.code did not end in {spec['timeout_s']:g} s") from None
+    finally:
+        if process.poll() is None:
+            kill_tree(process)
+            process.communicate()
     lines = out.decode().splitlines()
     if process.returncode != 0 or len(lines) < 2:
         raise ServiceError(f"the sandbox of rlx.rewards.code failed: {err.decode(errors='replace')[-2000:].strip()}")

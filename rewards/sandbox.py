@@ -31,6 +31,7 @@ _MS_NOSUID, _MS_NODEV, _MS_BIND, _MS_REC, _MS_PRIVATE = 2, 4, 4096, 16384, 1 << 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 1, 36, 38
 _SYS_MOUNT_SETATTR, _AT_FDCWD, _AT_RECURSIVE, _ATTR_RDONLY = 442, -100, 0x8000, 1
 _FIRST_UID, _NOBODY = 1_000_000_000, 65534
+_TMP = "/tmp"
 _TAIL = 2000
 _KILL_S = 5.0
 _REFUSED = ("socket.", "subprocess.", "ctypes.", "os.exec", "os.posix_spawn", "os.system", "os.kill", "pty.")
@@ -49,20 +50,26 @@ def main() -> None:
     if is_init:
         init = os.fork()
         if init:
-            os.waitpid(init, 0)
-            return
+            _, status = os.waitpid(init, 0)
+            sys.exit(int(status != 0))
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         why_not = _hide_files(spec, None if root else identity)
     else:
-        signal.signal(signal.SIGTERM, lambda *_: _end_all_and_exit())
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    spec["pid"] = os.getpid()
     _say({"contained": not why_not, "why_not": why_not})
+    spec["workdir"] = _temporary_folder() if why_not else _TMP
     deadline = time.monotonic() + spec["timeout_s"]
-    for index, job in enumerate(spec["jobs"]):
-        result = _run(spec, job, index, uid, is_init, not why_not, deadline)
-        _say(result)
-        if result["expired"]:
-            break
+    try:
+        for index, job in enumerate(spec["jobs"]):
+            result = _run(spec, job, index, uid, is_init, not why_not, deadline)
+            _say(result)
+            if result["expired"]:
+                break
+    finally:
+        if why_not and os.getpid() == spec["pid"]:
+            _remove(spec["workdir"])
 
 
 def _unshare(root: bool) -> str:
@@ -81,15 +88,14 @@ def _keep_identity(uid: int, gid: int) -> None:
 
 
 def _hide_files(spec: dict[str, Any], identity: tuple[int, int] | None) -> str:
-    """Nothing can be written but `workdir`; the home folders are empty but for Python. The reason when it is not so."""
+    """Nothing can be written but a folder in memory, /tmp; the home folders are empty but for Python. The reason when
+    it is not so."""
     try:
         if identity is not None:
             _keep_identity(*identity)
         _remount(spec)
     except OSError as error:
         return str(error)
-    finally:
-        os.chdir(spec["workdir"])
     return ""
 
 
@@ -97,17 +103,17 @@ def _remount(spec: dict[str, Any]) -> None:
     python = [(path, os.open(path, os.O_PATH)) for path in spec["python"]]
     _mount(None, "/", None, _MS_REC | _MS_PRIVATE)
     _read_only("/", recursive=True)
-    for home in (path for path in spec["homes"] if os.path.isdir(path)):
-        _mount("none", home, "tmpfs", _MS_NOSUID | _MS_NODEV, "mode=755,size=1m")
+    for folder in [*(home for home in spec["homes"] if os.path.isdir(home)), _TMP]:
+        options = f"mode=1777,size={spec['disk_mib']}m" if folder == _TMP else "mode=755,size=1m"
+        _mount("none", folder, "tmpfs", _MS_NOSUID | _MS_NODEV, options)
         for path, descriptor in python:
             if not os.path.exists(path):
                 os.makedirs(path)
                 _mount(f"/proc/self/fd/{descriptor}", path, None, _MS_BIND | _MS_REC)
-        os.makedirs(spec["workdir"], exist_ok=True)
-        _read_only(home, recursive=True)
+        if folder != _TMP:
+            _read_only(folder, recursive=True)
     for _, descriptor in python:
         os.close(descriptor)
-    _mount("none", spec["workdir"], "tmpfs", _MS_NOSUID | _MS_NODEV, f"mode=755,size={spec['disk_mib']}m")
     _libc.mount(b"proc", b"/proc", b"proc", ctypes.c_ulong(_MS_NOSUID | _MS_NODEV), None)  # refused in some containers
 
 
@@ -210,9 +216,20 @@ def _descendants() -> list[int]:
     return found
 
 
-def _end_all_and_exit() -> NoReturn:
+def _temporary_folder() -> str:
+    import tempfile
+
+    folder = tempfile.mkdtemp(prefix="rlx-code-")
+    os.chmod(folder, 0o711)
+    return folder
+
+
+def _remove(folder: str) -> None:
+    """The temporary folder, when nothing runs in it any more."""
+    import shutil
+
     _end_all(0, is_init=False)
-    os._exit(1)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 # --- in the worker

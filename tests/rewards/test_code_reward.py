@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -25,10 +26,11 @@ ASSERTS = ["assert double(2) == 4", "assert double(0) == 0", "assert double('a')
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left_running():
-    before = descendants(os.getpid())
+def nothing_is_left():
+    before, folders = descendants(os.getpid()), set(Path("/tmp").glob("rlx-code-*"))
     yield
     assert descendants(os.getpid()).keys() <= before.keys()
+    assert set(Path("/tmp").glob("rlx-code-*")) <= folders
 
 
 def test_asserts_are_counted_one_by_one():
@@ -149,13 +151,15 @@ def test_nothing_can_be_written_but_in_the_temporary_folder(tmp_path):
     code = f"""
 import os, pathlib
 refused = []
-for path in ({str(tmp_path / "mine")!r}, {str(tmp_path / "new")!r}, '/tmp/new', '/dev/shm/new', '/etc/new'):
+for path in ({str(tmp_path / "mine")!r}, {str(tmp_path / "new")!r}, '/var/tmp/new', '/dev/shm/new', '/etc/new'):
     try: open(path, 'w').write('x')
     except OSError: refused.append(path)
 pathlib.Path('here').write_text('x')
+pathlib.Path('/tmp/rlx-code-its-own').write_text('x')
 """
     result = run_python(code, ["assert len(refused) == 5, refused", "assert pathlib.Path('here').exists()"])
     assert (result.status, result.passed) == ("passed", 2), result.output
+    assert not Path("/tmp/rlx-code-its-own").exists()
     assert (tmp_path / "mine").read_text() == "mine"
     assert not (tmp_path / "new").exists()
 
@@ -238,7 +242,7 @@ def test_root_without_namespaces_never_runs_the_code_as_root():
 
 
 AS_OTHER_USER = """
-import ctypes, encodings.idna, importlib.util, os, sys, socket
+import ctypes, encodings.idna, importlib.util, os, shutil, socket, sys, tempfile
 spec = importlib.util.spec_from_file_location("sandbox", sys.argv[1])
 sandbox = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(sandbox)
@@ -253,17 +257,13 @@ sandbox.main()
 
 def as_ordinary_user(code: str, tests: list[str], namespaces: bool) -> tuple[dict, dict]:
     """The sandbox started by a user who is not root."""
-    import tempfile
-
-    from rlx.rewards.code import _SANDBOX
-
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o777)
         spec = {"code": code, "jobs": [{"tests": tests}], "timeout_s": 10, "memory_mib": 512, "disk_mib": 16,
-                "processes": 16, "workdir": folder, "homes": [], "python": [], "output_bytes": 1000,
+                "processes": 16, "homes": [], "python": [], "output_bytes": 1000,
                 "namespaces": namespaces}  # fmt: skip
         source = Path(folder) / "sandbox.py"
-        source.write_text(_SANDBOX.read_text())
+        source.write_text(code_reward._SANDBOX.read_text())
         done = subprocess.run(
             [sys.executable, "-I", "-S", "-c", AS_OTHER_USER, str(source)],
             input=json.dumps(spec).encode(), capture_output=True, timeout=60, cwd="/", check=False,
