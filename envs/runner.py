@@ -34,6 +34,8 @@ from rlx.wire import GroupRequest
 
 Native = Callable[[Rollout], Awaitable[float | None]]
 """A rollout function: one episode; its reward, or None."""
+_SHARE_OF_GROUP = 0.9
+"""Of the group's deadline is for its episodes, so that they end as episodes, with a status, before the group fails."""
 GRACE_S = 5.0
 """Seconds that a cancelled function may take to clean up; then it is left to itself."""
 _OURS = [str(file) for file in Path(__file__).parent.glob("*.py")]
@@ -58,8 +60,9 @@ class EpisodeRunner:
     async def run(self, sample: Sample, request: GroupRequest) -> list[Episode]:
         """`request.num_generations` episodes. Raises ServiceError or DeadlineExceeded of `sample`, and ConfigError;
         the other episodes are cancelled then, as they are when this is cancelled."""
+        end = time.monotonic() + _SHARE_OF_GROUP * request.deadline_s
         tasks = [
-            asyncio.create_task(self._episode(sample, request, index), name=f"{request.key}:{index}")
+            asyncio.create_task(self._episode(sample, request, index, end), name=f"{request.key}:{index}")
             for index in range(request.num_generations)
         ]
         try:
@@ -69,20 +72,21 @@ class EpisodeRunner:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _episode(self, sample: Sample, request: GroupRequest, index: int) -> Episode:
+    async def _episode(self, sample: Sample, request: GroupRequest, index: int, end: float) -> Episode:
+        """`end`, on time.monotonic(): no attempt goes beyond it."""
         for attempt in range(self._settings.retries + 1):
             state = EpisodeState(
                 sample,
                 request,
                 index,
                 attempt,
-                deadline=new_deadline(self._settings.timeout),
+                deadline=min(new_deadline(self._settings.timeout), end),
                 max_model_len=self._max_model_len,
                 environments=self._environments,
                 endpoint=self._endpoint,
             )
             episode = await self._attempt(state)
-            if episode.status != "env_lost":
+            if episode.status != "env_lost" or time.monotonic() >= end:
                 break
         return episode
 
@@ -90,7 +94,7 @@ class EpisodeRunner:
         call = asyncio.create_task(self._call(state), name=f"{state.request.key}:{state.index}.{state.attempt}")
         notes: list[str] = []
         try:
-            await asyncio.wait({call}, timeout=self._settings.timeout)
+            await asyncio.wait({call}, timeout=state.deadline - time.monotonic())
             in_time = call.done()
         finally:
             state.end()

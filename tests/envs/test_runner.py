@@ -236,6 +236,17 @@ async def test_an_episode_that_never_ends_times_out_and_its_request_is_cancelled
     assert _nothing_left()
 
 
+async def test_an_episode_ends_before_its_group_does():
+    async def function(ctx: Rollout) -> float:
+        await ctx.turn()
+        raise EnvLost("gone") if ctx.attempt == 0 else await _forever()
+
+    began = time.monotonic()
+    episode = await _one(function, request=group(deadline_s=1.0), retries=2, timeout=60)
+    assert time.monotonic() - began < 30
+    assert (episode.status, episode.attempts) == ("timeout", 2)
+
+
 async def test_one_that_times_out_does_not_hold_up_the_others():
     async def function(ctx: Rollout) -> float:
         await ctx.turn()
