@@ -14,6 +14,7 @@ from openenv_parts import GUESS_SCHEMA, HINT, FakeServer, config_with, instances
 
 from rlx.envs.errors import ActionError, EnvLost
 from rlx.envs.openenv import OpenEnvs, Session
+from rlx.envs.openenv_leases import RETRY_S
 from rlx.errors import UserCodeError
 from rlx.processes import free_port
 
@@ -303,8 +304,10 @@ async def test_environment_variables_for_proxies_do_not_concern_this_machine(
 
 
 async def test_no_more_sessions_are_open_than_the_server_allows_and_none_waits_idle(server: FakeServer) -> None:
+    began = time.monotonic()
     async with environments(server.url) as envs:
         assert await asyncio.gather(*[one_episode(envs) for _ in range(40)]) == pytest.approx([0.7] * 40)
+    assert time.monotonic() - began < 20 * RETRY_S
     assert server.most == 3
     assert server.opened == 40
     assert server.schema_requests <= 3
@@ -343,7 +346,7 @@ async def test_a_lease_waits_no_longer_than_the_episode_has(server: FakeServer) 
         await opened(envs)
         began = time.monotonic()
         with pytest.raises(EnvLost, match="all sessions of this process are in use"):
-            await opened(envs, seconds=0.2)
+            await opened(envs, seconds=1.5 * RETRY_S)
         assert time.monotonic() - began < 5
 
 
