@@ -40,8 +40,11 @@ class _Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.seen.append(body)
         self.server.tokens.append(self.headers["Authorization"])
-        if self.server.meeting is not None:
-            self.server.meeting.wait(10)
+        try:
+            if self.server.meeting is not None:
+                self.server.meeting.wait(10)
+        except threading.BrokenBarrierError:
+            return
         lengths = json.dumps({"rewards": [len(text) for text in body["completions"]]}).encode()
         answer = self.server.answers.pop(0) if self.server.answers else (200, lengths)
         if answer is None:
