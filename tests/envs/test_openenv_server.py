@@ -133,9 +133,9 @@ async def test_a_server_that_does_not_come_up_is_told_with_the_end_of_its_log(
 
 
 async def test_when_one_server_does_not_come_up_none_is_left(tmp_path: Path) -> None:
-    with pytest.raises(ServiceUnavailable, match="status 1"):
-        async with running(config_of(tmp_path, ["sleep", "60"], "false")):
-            pass
+    servers = EnvServers(config_of(tmp_path, fake_command(), ["sleep", "60"], ["sh", "-c", "sleep 2; exit 1"]))
+    with pytest.raises(ServiceUnavailable, match=r"envs\[2\].*status 1"):
+        await servers.start()
     await until(lambda: not processes_in(tmp_path))
 
 
@@ -202,6 +202,21 @@ async def test_a_server_that_dies_again_and_again_is_given_up_with_the_first_cau
         await until(lambda: bool(servers.failures))
         assert "given up after 2 restarts. At first it ended with signal SIGKILL" in servers.failures["env0"]
         assert server_of(servers).restarts == 2
+
+
+async def test_a_server_that_dies_soon_after_each_restart_is_given_up_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openenv_server, "RESTARTS", 1)
+    async with running(config_of(tmp_path, fake_command())) as (servers, environments):
+        session = await opened(environments, fault="step_dies")
+        with pytest.raises(EnvLost):
+            await session.step(guess=3)
+        await session.close()
+        assert await play(environments)
+        os.kill(server_of(servers)._process.pid, signal.SIGKILL)
+        await until(lambda: bool(servers.failures))
+        assert "given up after 1 restarts. At first it ended with status 3" in servers.failures["env0"]
 
 
 async def test_servers_die_with_their_parent(tmp_path: Path) -> None:
