@@ -20,7 +20,7 @@ import xxhash
 
 from rlx.config import Config, Plan
 from rlx.episode import Episode, Row
-from rlx.learner.advantages import Advantages, group_advantages
+from rlx.learner.advantages import AdvantageOptions, Advantages, group_advantages
 from rlx.learner.batching import MicroBatch, Sample, collate, split
 from rlx.learner.data import Prompt
 from rlx.learner.losses import token_weights
@@ -78,6 +78,11 @@ def reward_weights_of(config: Config, rewards_BF: np.ndarray) -> torch.Tensor:
     """One weight [F] per column of rewards: `trl.reward_weights`, and 1 for the episodes' own reward without one."""
     given = config.trl.reward_weights or []
     return torch.tensor([*given, *[1.0] * (rewards_BF.shape[1] - len(given))])
+
+
+def advantage_options(config: Config) -> AdvantageOptions:
+    trl = config.trl
+    return AdvantageOptions(trl.advantage_estimator, trl.scale_rewards, config.normalizes_each_reward)
 
 
 def sampling_of(config: Config) -> Sampling:
@@ -166,7 +171,7 @@ class RolloutStream:
             torch.from_numpy(rewards_BF),
             reward_weights_of(self._config, rewards_BF),
             self._plan.num_generations,
-            self._config.trl.scale_rewards,
+            advantage_options(self._config),
         )
         return StepBatch(step, prompts, groups, advantages, rewards_BF, seconds)
 

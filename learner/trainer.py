@@ -14,6 +14,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
 
@@ -26,7 +27,8 @@ from rlx.config import Config, Plan
 from rlx.episode import Episode, Status
 from rlx.learner.batching import MicroBatch
 from rlx.learner.logprobs import completion_logprobs
-from rlx.learner.losses import LossMetrics, LossOptions, policy_loss
+from rlx.learner.loss_metrics import LossMetrics
+from rlx.learner.losses import LossOptions, policy_loss
 from rlx.learner.ranks import Ranks
 from rlx.learner.stream import RolloutStream, StepBatch, reward_names
 
@@ -86,16 +88,8 @@ def training_arguments(
 
 def loss_options(config: Config) -> LossOptions:
     trl = config.trl
-    return LossOptions(
-        epsilon=trl.epsilon,
-        epsilon_high=trl.epsilon_high,
-        delta=trl.delta,
-        beta=trl.beta,
-        use_bias_correction_kl=trl.use_bias_correction_kl,
-        vllm_importance_sampling_correction=trl.vllm_importance_sampling_correction,
-        vllm_importance_sampling_clip_min=trl.vllm_importance_sampling_clip_min,
-        vllm_importance_sampling_clip_max=trl.is_clip_max,
-    )
+    named_alike = {field.name: getattr(trl, field.name) for field in fields(LossOptions)}
+    return LossOptions(**named_alike | {"vllm_importance_sampling_clip_max": trl.is_clip_max})
 
 
 class GRPOTrainer(Trainer):
@@ -157,7 +151,7 @@ class GRPOTrainer(Trainer):
                 ref_logprobs_T, _ = completion_logprobs(self._reference, batch, temperature, compute_entropy=False)
         out = policy_loss(
             logprobs_T, None, ref_logprobs_T, batch.sampling_logprobs_T, batch.advantages_T, batch.weights_T,
-            self._options, entropies_T,
+            batch.lengths_B, self._options, entropies_T,
         )  # fmt: skip
         self._loss_metrics = self._loss_metrics + LossMetrics(out.metrics.sums.cpu(), out.metrics.maxima.cpu())
         # The weights already hold the step's normalisation: undo DDP's mean over ranks and the Trainer's over micro-batches.

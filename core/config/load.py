@@ -141,7 +141,7 @@ def _explain(source: Source, item: dict[str, Any]) -> str:
     if item["type"] == "value_error":
         return f"{where}: {flat + ': ' if flat else ''}{message.removeprefix('Value error, ')}."
     if flat == "rl" and value in METHODS_ELSEWHERE:
-        return f"{where}: rl: rlx trains with grpo, not {value}. Write `rl: grpo`."
+        return f"{where}: rl: rlx trains with grpo or gdpo, not {value}. Write `rl: grpo`."
     hint = VALUE_HINTS.get((flat, value)) if isinstance(value, str | bool) else None
     if hint:
         return f"{where}: {flat}: {hint}"

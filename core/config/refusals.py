@@ -62,8 +62,7 @@ REFUSED: dict[str, Refusal] = {
     **_refuse("trl.sync_ref_model trl.ref_model_mixup_alpha trl.ref_model_sync_steps", "the reference stays the initial model", _REMOVE),
     **_refuse("trl.entropy_coef trl.entropy_target trl.use_adaptive_entropy trl.entropy_coef_delta trl.entropy_coef_min trl.entropy_coef_max "
               "trl.top_entropy_quantile", "entropy terms are not supported", _REMOVE, (None, False, 0, 0.0, 1.0)),
-    **_refuse("trl.off_policy_mask_threshold trl.sapo_temperature_neg trl.sapo_temperature_pos trl.vespo_k_pos trl.vespo_k_neg trl.vespo_lambda_pos "
-              "trl.vespo_lambda_neg trl.cast_lm_head_to_fp32", "it is not supported", _REMOVE),
+    **_refuse("trl.cast_lm_head_to_fp32", "it is not supported", _REMOVE),
     **_refuse("trl.use_data_producer trl.async_prefetch trl.prefetch_depth trl.vllm_sync_interval trl.streaming_partial_batch "
               "trl.replay_buffer_size trl.skip_zero_advantage_batches trl.vllm_lora_sync", "the run is synchronous: weights are published after every step",
               _REMOVE, (None, False, 0)),
@@ -81,4 +80,4 @@ VALUE_HINTS: dict[tuple[str, Any], str] = {
 }
 """What to say of a value that other tools accept."""
 
-METHODS_ELSEWHERE = ("dpo", "ipo", "orpo", "kto", "simpo", "gdpo")
+METHODS_ELSEWHERE = ("dpo", "ipo", "orpo", "kto", "simpo")

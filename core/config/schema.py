@@ -7,13 +7,13 @@ from typing import Any, Literal
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
+from rlx.config.section import Section
 from rlx.config.sections import (
     ClusterSection,
     DatasetSection,
     EnvSection,
     EpisodesSection,
     RewardsSection,
-    Section,
     ServiceSection,
     TrlSection,
     VllmSection,
@@ -43,7 +43,9 @@ class Config(Section):
     flash_attention: bool = Field(False, description="Same as attn_implementation: flash_attention_2.")
     sdp_attention: bool = Field(False, description="Same as attn_implementation: sdpa.")
     # method and data
-    rl: Literal["grpo"] = Field(description="The method: grpo.")
+    rl: Literal["grpo", "gdpo"] = Field(
+        description="The method: grpo, or gdpo, which is grpo with trl.multi_objective_aggregation: normalize_then_sum."
+    )
     datasets: list[DatasetSection] = Field(min_length=1, description="Prompts to train on; several are joined.")
     test_datasets: list[DatasetSection] = Field(
         default=[],
@@ -120,15 +122,19 @@ class Config(Section):
 
     _path: Path = PrivateAttr(default=Path("config.yaml"))
 
-    @field_validator("rl")
-    @classmethod
-    def only_grpo(cls, value: str) -> str:
-        return value
-
     @field_validator("save_strategy", mode="before")
     @classmethod
     def no_without_quotes_is_meant(cls, value: Any) -> Any:
         return "no" if value is False else value  # YAML 1.1 reads `no` as false
+
+    @model_validator(mode="after")
+    def gdpo_normalises_each_reward(self) -> Config:
+        trl = self.trl
+        if self.rl == "gdpo" and trl.multi_objective_aggregation == "sum_then_normalize":
+            raise ValueError("rl: gdpo means trl.multi_objective_aggregation: normalize_then_sum; remove that key")
+        if self.rl == "gdpo" and trl.advantage_estimator != "group":
+            raise ValueError(f"rl: gdpo excludes trl.advantage_estimator: {trl.advantage_estimator}; write `rl: grpo`")
+        return self
 
     @model_validator(mode="after")
     def one_chat_template(self) -> Config:
@@ -156,6 +162,15 @@ class Config(Section):
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
             raise ValueError(f"envs: two entries are called {twice!r}; give each a `name` of its own")
+        return self
+
+    @model_validator(mode="after")
+    def an_episode_ends_before_its_group(self) -> Config:
+        if self.has_episodes and self.episodes.timeout > 0.9 * self.service.group_timeout:
+            raise ValueError(
+                f"episodes.timeout ({self.episodes.timeout:g} s) must stay below 0.9 × service.group_timeout "
+                f"({self.service.group_timeout:g} s); lower the first or raise the second"
+            )
         return self
 
     @model_validator(mode="after")
@@ -194,6 +209,11 @@ class Config(Section):
         """Whether completions come from more than one plain reply per prompt, and may bring a reward of their own."""
         trl = self.trl
         return bool(trl.rollout_func or trl.environment_factory or trl.tools or self.envs)
+
+    @property
+    def normalizes_each_reward(self) -> bool:
+        """GDPO: rewards are normalised one by one before they are summed."""
+        return self.rl == "gdpo" or self.trl.multi_objective_aggregation == "normalize_then_sum"
 
     @property
     def path(self) -> Path:

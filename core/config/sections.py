@@ -5,11 +5,10 @@ from __future__ import annotations
 import ipaddress
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+from rlx.config.objective import ObjectiveKeys
+from rlx.config.section import Section
 
 
 def _loopback(host: str) -> bool:
@@ -21,7 +20,7 @@ def _loopback(host: str) -> bool:
         return False
 
 
-class TrlSection(Section):
+class TrlSection(ObjectiveKeys):
     """`trl:` names and meanings are TRL's GRPOConfig, as Axolotl's users write them."""
 
     # rewards
@@ -82,50 +81,10 @@ class TrlSection(Section):
         None, description="Completions must match this regular expression."
     )
     vllm_guided_decoding_regex: str | None = Field(None, description="Older name of vllm_structured_outputs_regex.")
-    # loss
-    loss_type: Literal["grpo", "dr_grpo", "dapo"] = Field(
-        "dapo",
-        description="How token losses are averaged: grpo (per sequence), dr_grpo (by max_completion_length), dapo (by all tokens of the step).",
-    )
-    beta: float = Field(
-        0.0,
-        ge=0,
-        description="Weight of the KL term (k3 estimator) against the initial model; 0 loads no reference model.",
-    )
-    use_bias_correction_kl: bool = Field(
-        True, description="Multiply the KL estimate by the importance ratio, as TRL does."
-    )
-    epsilon: float = Field(0.2, ge=0, description="Lower clip range of the ratio (and upper, unless epsilon_high).")
-    epsilon_high: float | None = Field(None, ge=0, description="Upper clip range; DAPO recommends 0.28.")
-    delta: float | None = Field(
-        None, gt=1, description="Two-sided clipping: upper bound of the ratio when the advantage is negative."
-    )
+    # training
     num_iterations: Literal[1] = Field(1, description="Passes over each batch of rollouts; rlx supports 1.")
-    importance_sampling_level: Literal["token"] = Field("token", description="rlx supports token.")
-    multi_objective_aggregation: Literal["sum_then_normalize"] = Field(
-        "sum_then_normalize", description="How several rewards are combined; rlx supports sum_then_normalize."
-    )
-    scale_rewards: Literal["group", "batch", "none"] = Field(
-        "group",
-        description="What the centred reward is divided by: the group's or the batch's standard deviation, or nothing. true means group, false none.",
-    )
-    mask_truncated_completions: bool = Field(
-        False, description="Leave completions that hit max_completion_length out of the loss."
-    )
     disable_dropout: bool = Field(
         True, description="Set every dropout to 0, so that the learner's log-probabilities are the policy's."
-    )
-    vllm_importance_sampling_correction: bool = Field(
-        True,
-        description="Weigh each token by p(learner)/p(worker), truncated: corrects the small mismatch between vLLM and the learner.",
-    )
-    vllm_importance_sampling_mode: Literal["token_truncate"] = Field(
-        "token_truncate", description="rlx supports token_truncate (TRL's default is sequence_mask)."
-    )
-    vllm_importance_sampling_clip_max: float | None = Field(3.0, gt=0, description="Upper bound of that weight.")
-    vllm_importance_sampling_clip_min: float | None = Field(None, ge=0, description="Lower bound of that weight.")
-    vllm_importance_sampling_cap: float | None = Field(
-        None, gt=0, description="Older name of vllm_importance_sampling_clip_max."
     )
     # data and logging
     shuffle_dataset: bool = Field(True, description="Draw the prompts of each epoch in a seeded random order.")
@@ -142,11 +101,6 @@ class TrlSection(Section):
         None, description="Instead of host and port, for example http://10.0.0.5:8000."
     )
     vllm_server_timeout: float = Field(240.0, gt=0, description="Seconds to wait for the service to be up.")
-
-    @field_validator("scale_rewards", mode="before")
-    @classmethod
-    def booleans_mean_group_or_none(cls, value: Any) -> Any:
-        return {True: "group", False: "none"}.get(value, value) if isinstance(value, bool) else value
 
     @model_validator(mode="after")
     def one_weight_per_reward(self) -> TrlSection:
@@ -176,10 +130,6 @@ class TrlSection(Section):
     @property
     def regex(self) -> str | None:
         return self.vllm_structured_outputs_regex or self.vllm_guided_decoding_regex
-
-    @property
-    def is_clip_max(self) -> float | None:
-        return self.vllm_importance_sampling_cap or self.vllm_importance_sampling_clip_max
 
 
 class VllmSection(Section):

@@ -91,7 +91,7 @@ def test_values_that_make_no_sense_name_key_value_and_meaning(tmp_path):
     message = problem(tmp_path, SMALLEST + "vllm:\n  port: 99999\n")
     assert "line 6: vllm.port: 99999 cannot be used." in message
     assert "Port that the service listens on" in message
-    assert "colocate" not in problem(tmp_path, SMALLEST + "trl:\n  loss_type: bnpo\n")
+    assert "colocate" not in problem(tmp_path, SMALLEST + "trl:\n  loss_type: ppo\n")
     assert "Write `vllm_mode: server`" in problem(tmp_path, SMALLEST + "trl:\n  vllm_mode: colocate\n")
 
 

@@ -166,3 +166,11 @@ def test_requests_carry_the_sampling_of_the_yaml_and_keys_that_never_repeat():
         for request in requests_of(settings, prompts, "run", step, label, 4)
     ]
     assert len(set(keys)) == 9
+
+
+def test_the_estimator_of_the_yaml_gives_the_advantages():
+    groups = [group("a", [0.0, 2.0, 4.0, 6.0], [1, 1, 1, 1]), group("b", [1.0, 1.0, 1.0, 9.0], [1, 1, 1, 1])]
+    settings = config(advantage_estimator="rloo", generation_batch_size=8)
+    seen: list[StepBatch] = []
+    list(make_stream(settings, lambda step, prompts: (groups, {}), seen.append, steps=1))
+    assert seen[0].advantages.advantages.tolist() == pytest.approx([-4, -4 / 3, 4 / 3, 4, -8 / 3, -8 / 3, -8 / 3, 8])
