@@ -5,7 +5,7 @@ BIN := .venv/bin
 TORCH := 2.13.0
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: quickstart install openenv test test-fast check docs clean
+.PHONY: quickstart install reasoning-gym openenv test test-fast check docs clean
 
 quickstart: install
 	@$(BIN)/python examples/quickstart/make_model.py --out examples/quickstart/out
@@ -22,6 +22,13 @@ install: .venv/installed
 	@$(PIP) install -q --no-deps --no-build-isolation -e .
 	@touch .venv/installed
 
+# Optional for users; its tests need it.
+reasoning-gym: .venv/reasoning-gym
+
+.venv/reasoning-gym: .venv/installed requirements/reasoning-gym.txt
+	@$(PIP) install -q --no-deps -r requirements/reasoning-gym.txt
+	@touch .venv/reasoning-gym
+
 # OpenEnv servers need versions that rlx's environment does not have.
 openenv: .venv-openenv/installed
 
@@ -31,10 +38,10 @@ openenv: .venv-openenv/installed
 	@.venv-openenv/bin/python -m pip --disable-pip-version-check install -q --no-deps -r requirements/openenv.txt
 	@touch .venv-openenv/installed
 
-test: install openenv
+test: install reasoning-gym openenv
 	@$(BIN)/python -m pytest
 
-test-fast: install
+test-fast: install reasoning-gym
 	@$(BIN)/python -m pytest -m "not vllm and not slow"
 
 check: install

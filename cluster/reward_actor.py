@@ -6,6 +6,7 @@ groups at once. What either does to its process ends with the call, or with the 
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 import signal
@@ -29,7 +30,7 @@ class _Confined:
     - Its children are in this process's group, where they are found also when this process is gone.
     - A child that comes back from the user's function ends there, and does not go on as this actor.
     - A pending alarm ends with the call, and so does the user's handler of SIGALRM.
-    - It allocates at most `memory_gib` GiB; then it gets a MemoryError. Its children, as much again.
+    - It allocates at most `memory_gib` GiB, which may be inf; then it gets a MemoryError. Its children, as much again.
     - What it and its children print goes to `log`, of which about the last LOG_BYTES are kept.
     """
 
@@ -39,8 +40,9 @@ class _Confined:
         if os.getpgrp() != self._pid:
             os.setpgid(0, 0)
         watchdog.guard()
-        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        resource.setrlimit(resource.RLIMIT_DATA, (_data_bytes() + int(memory_gib * 2**30), hard))
+        if math.isfinite(memory_gib):
+            _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+            resource.setrlimit(resource.RLIMIT_DATA, (_data_bytes() + int(memory_gib * 2**30), hard))
         threading.Thread(target=self._keep_log_short, name="log", daemon=True).start()
 
     @contextmanager

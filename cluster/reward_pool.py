@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import re
 import signal
@@ -27,6 +28,7 @@ from rlx.config.sections import RewardLimits
 from rlx.errors import DeadlineExceeded, RlxError, ServiceError, ServiceUnavailable, UserCodeError
 from rlx.rewards.budget import FailureBudget
 from rlx.rewards.scoring import Answer, ScoreRequest, no_values
+from rlx.rewards.sources import kind_of
 from rlx.wire import Outcome, RewardOutcome
 
 LOAD_TIMEOUT_S = 120.0
@@ -51,7 +53,9 @@ class RewardPool:
         self._label = f"rlx-reward-{index}-{re.sub(r'[^A-Za-z0-9_.-]+', '_', name)}"
         self._log_dir = Path(config.output_dir).absolute() / "logs"
         self._entry = (name, index, str(config.base_dir))
-        self._memory_gib = config.rewards.memory_gib
+        is_model = kind_of(name, config.base_dir) == "model"  # may come from the hub, and be of any size
+        self._memory_gib = math.inf if is_model else config.rewards.memory_gib
+        self._load_timeout_s = max(LOAD_TIMEOUT_S, config.vllm.start_timeout) if is_model else LOAD_TIMEOUT_S
         self._timeout_s = limits.timeout or config.rewards.timeout
         self._num_workers = limits.workers or config.rewards.workers
         self._is_async = False
@@ -179,12 +183,12 @@ class RewardPool:
         options = {"max_concurrency": GROUPS_SIDE_BY_SIDE + 1} if self._is_async else {}
         handle = await actor.create(kind, actor.label, str(process.log), self._memory_gib, **options)
         try:
-            actor.runs_as(await call(handle.pid.remote(), self._who, LOAD_TIMEOUT_S))
-            return await call(handle.load.remote(*self._entry), self._who, LOAD_TIMEOUT_S)
+            actor.runs_as(await call(handle.pid.remote(), self._who, self._load_timeout_s))
+            return await call(handle.load.remote(*self._entry), self._who, self._load_timeout_s)
         except ServiceUnavailable as error:
             raise UserCodeError(f"{error}, while it was imported. It printed to {process.log}.") from None
         except DeadlineExceeded:
-            raise DeadlineExceeded(f"{self._who} was not imported within {LOAD_TIMEOUT_S:g} s") from None
+            raise DeadlineExceeded(f"{self._who} was not imported within {self._load_timeout_s:g} s") from None
 
     def _spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         task = asyncio.create_task(work)

@@ -293,7 +293,7 @@ def _bind(reward: Reward, arguments: Mapping[str, Any]) -> tuple[list[Any], dict
 
 def _plurals(reward: Reward, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Columns that the function asks for by their plural: `answers` for the column `answer`, told once each."""
-    named = (parameter.name for parameter in reward.parameters)
+    named = (p.name for p in reward.parameters if p.default is p.empty)
     asked = {name: name.removesuffix("s") for name in named if name not in arguments and name.endswith("s")}
     found = {name: column for name, column in asked.items() if column in arguments and column not in CONTRACT_ARGUMENTS}
     for name, column in found.items():
