@@ -34,7 +34,8 @@ _THREADS = 256
 
 
 class Stalled(ServiceError):
-    """A rollout function blocks the process. `group` is the key of the group that it belongs to, or empty."""
+    """A rollout function blocks the process. `group` begins with `KEY:`, the key of the group that it belongs to, or is
+    something else."""
 
     def __init__(self, message: str, group: str = ""):
         Exception.__init__(self, message, group)  # both, so that it can be pickled
@@ -65,7 +66,6 @@ class EpisodeActor:
         self._thread = threading.Thread(target=self._loop.run_forever, name="episodes", daemon=True)
         self._beat = time.monotonic()
         self._stall_s = 0.0
-        self._runner: Any = None
         self._parts: Any = None
 
     def __repr__(self) -> str:

@@ -81,7 +81,7 @@ class RayEpisodes:
                 return await process.run(worker, request)
             except (Stalled, _Lost) as error:
                 cause = str(error)
-                if isinstance(error, Stalled) and error.group.startswith(request.key):
+                if isinstance(error, Stalled) and error.group.startswith(f"{request.key}:"):
                     break  # this group's own function blocks: it would again
                 _log.warning("group %s, attempt %d: %s", request.key, attempt + 1, cause)
         aborted = Episode(rows=(), text="", status="aborted", turns=0, attempts=attempt + 1, error=cause)

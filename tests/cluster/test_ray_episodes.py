@@ -126,10 +126,10 @@ async def test_a_function_that_blocks_is_named_with_its_line_and_the_process_rep
     tmp_path: Path, runtime: RayRuntime
 ) -> None:
     async with running(make_config(tmp_path, "misbehaves", failure_budget=1.0), runtime) as (episodes, worker):
-        innocent = asyncio.create_task(episodes.run(worker, request("innocent", what="waits")))
+        innocent = asyncio.create_task(episodes.run(worker, request("run/0/1", what="waits")))
         await asyncio.sleep(0.5)
         start = time.monotonic()
-        blocked = await episodes.run(worker, request("guilty", what="blocks"))
+        blocked = await episodes.run(worker, request("run/0/10", what="blocks"))
         assert time.monotonic() - start < 15
         assert [e.status for e in blocked] == ["aborted"] * 2
         assert "functions.py:15, in misbehaves" in blocked[0].error
