@@ -16,10 +16,14 @@ _CHUNK_ELEMENTS = 2**25
 
 
 def completion_logprobs(
-    model: nn.Module, batch: MicroBatch, temperature: float, compute_entropy: bool = True
+    model: nn.Module,
+    batch: MicroBatch,
+    temperature: float,
+    compute_entropy: bool = True,
+    entropy_gradient: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """log p(token | what stands before it) at `temperature` for every trained token, float32 [T], and the entropy of
-    each distribution in nats, float32 [T], without gradient.
+    each distribution in nats, float32 [T], without gradient unless `entropy_gradient`.
 
     `model` is a causal language model as `transformers` calls it, wrapped or not. Sequences start in column 0 and are
     padded on the right: causal attention hides the padding from every trained position and positions count from 0, so
@@ -33,21 +37,22 @@ def completion_logprobs(
 
     size = max(1, _CHUNK_ELEMENTS // logits_TV.shape[1])
     if len(logits_TV) <= size:
-        return _score(logits_TV, batch.target_ids_T, temperature, compute_entropy)
+        return _score(logits_TV, batch.target_ids_T, temperature, compute_entropy, entropy_gradient)
     parts = [
-        checkpoint(_score, logits_CV, ids_C, temperature, compute_entropy, use_reentrant=False)
+        checkpoint(_score, logits_CV, ids_C, temperature, compute_entropy, entropy_gradient, use_reentrant=False)
         for logits_CV, ids_C in zip(torch.split(logits_TV, size), torch.split(batch.target_ids_T, size), strict=True)
     ]
     logprobs, entropies = zip(*parts, strict=True)
     return torch.cat(logprobs), torch.cat(entropies) if compute_entropy else None
 
 
-def _score(logits_CV: Tensor, ids_C: Tensor, temperature: float, compute_entropy: bool) -> tuple[Tensor, Tensor | None]:
+def _score(
+    logits_CV: Tensor, ids_C: Tensor, temperature: float, compute_entropy: bool, entropy_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
     logits_CV = logits_CV.float() / temperature
     normalizer_C = logits_CV.logsumexp(dim=-1)
     logprobs_C = logits_CV.gather(-1, ids_C[:, None]).squeeze(-1) - normalizer_C
     if not compute_entropy:
         return logprobs_C, None
-    with torch.no_grad():
-        mean_logit_C = (logits_CV.softmax(dim=-1) * logits_CV).sum(dim=-1)
-        return logprobs_C, normalizer_C.detach() - mean_logit_C
+    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
+        return logprobs_C, normalizer_C - (logits_CV.softmax(dim=-1) * logits_CV).sum(dim=-1)

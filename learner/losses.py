@@ -104,14 +104,19 @@ def policy_loss(
     lengths_B: Tensor,
     options: LossOptions,
     entropies_T: Tensor | None = None,
+    high_entropy_T: Tensor | None = None,
+    entropy_weight: float = 0.0,
 ) -> LossOutput:
-    """Σ_t w_t · (c · objective_t + beta · KL_t) over the tokens given; T = 0 gives 0, with a graph.
+    """Σ_t w_t · (c · objective_t + beta · KL_t) - entropy_weight · Σ_t H_t; T = 0 gives 0, with a graph.
 
     `old_logprobs_T` None means that π_old is the present policy; `ref_logprobs_T` is needed when beta is not 0.
     c = π_old/π_sampler, bounded: see `importance_ratio`; `sampling_logprobs_T` is needed for it, and otherwise only
     measured. `lengths_B`, int64, are the trained tokens of each whole sequence. Add up the losses of all micro-batches;
-    where gradients are averaged over ranks (DDP), multiply by the number of ranks. `entropies_T` is for the metrics
-    only.
+    where gradients are averaged over ranks (DDP), multiply by the number of ranks.
+
+    `entropies_T` is H, needed where `entropy_weight` is not 0, and then with gradient. That weight is the coefficient
+    of the mean entropy divided by the step's tokens. Tokens not in `high_entropy_T`, bool, have neither an objective
+    nor a part in that mean; the other weights stay.
     """
     metrics = LossMetrics.zero(logprobs_T.device)
     sequences = Sequences.of(lengths_B, len(logprobs_T))
@@ -140,6 +145,9 @@ def policy_loss(
         loss_T = loss_T * kept_T
         metrics.add_mean("off_policy_masked_fraction", sequences.one_each(~kept_T))
 
+    if high_entropy_T is not None:
+        loss_T = loss_T * high_entropy_T
+
     if options.beta != 0.0:
         if ref_logprobs_T is None:
             raise ValueError(f"beta = {options.beta} needs the log-probabilities of a reference model")
@@ -150,7 +158,12 @@ def policy_loss(
         metrics.add_mean("kl", kl_T)
     if entropies_T is not None:
         metrics.add_mean("entropy", entropies_T)
-    return LossOutput((loss_T * weights_T).sum(), metrics)
+    loss = (loss_T * weights_T).sum()
+    if entropy_weight != 0.0:
+        if entropies_T is None:
+            raise ValueError("entropy_weight needs the entropies, with gradient")
+        loss = loss - entropy_weight * (entropies_T if high_entropy_T is None else entropies_T * high_entropy_T).sum()
+    return LossOutput(loss, metrics)
 
 
 def _objective(

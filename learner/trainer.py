@@ -13,7 +13,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
@@ -26,6 +26,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from rlx.config import Config, Plan
 from rlx.episode import Episode, Status
 from rlx.learner.batching import MicroBatch
+from rlx.learner.entropy import EntropyBonus, high_entropy
 from rlx.learner.logprobs import completion_logprobs
 from rlx.learner.loss_metrics import LossMetrics
 from rlx.learner.losses import LossOptions, policy_loss
@@ -112,6 +113,7 @@ class GRPOTrainer(Trainer):
         self._reference = reference.to(self.args.device).eval() if reference is not None else None
         self._weight_version = weight_version
         self._loss_metrics = LossMetrics.zero()
+        self._bonus, self._entropy_sum, self._num_entropy_tokens = EntropyBonus.of(config), torch.zeros(()), 0
         self._step_metrics: dict[str, list[float]] = {}
         self._step_ended = self._training_began = time.perf_counter()
         self._evaluating_s = 0.0
@@ -128,6 +130,11 @@ class GRPOTrainer(Trainer):
 
     def end_step(self) -> None:
         """Called on every rank after the optimizer step."""
+        if self._bonus.adaptive:
+            if self._num_entropy_tokens:
+                self._bonus.adapt(self._ranks.sum_(self._entropy_sum).item() / self._num_entropy_tokens)
+            self._entropy_sum = torch.zeros(())
+            self._step_metrics.setdefault("entropy_coef", []).append(self._bonus.coefficient)
         now = time.perf_counter()
         evaluated = self._evaluating_s
         times = {"perf/fwd_bwd_s": now - self._training_began, "perf/step_s": now - self._step_ended - evaluated}
@@ -135,25 +142,56 @@ class GRPOTrainer(Trainer):
             self._step_metrics.setdefault(name, []).append(value)
         self._step_ended = now
 
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], Any]:
+        """The micro-batches of the next optimizer step, with what the loss needs to know of the whole step's entropy:
+        `high_entropy_T`, which costs a forward pass of the step, and `entropy_weight`."""
+        samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        share = self._config.trl.top_entropy_quantile
+        if not samples or (share == 1 and not self._bonus.adaptive and self._bonus.applied == 0):
+            return samples, num_items
+        masks: list[Tensor | None] = [None] * len(samples)
+        count = sum(sample["micro_batch"].target_ids_T.numel() for sample in samples)
+        if share < 1:
+            entropies = [self._entropies(sample["micro_batch"].to(self.args.device)) for sample in samples]
+            masks = list(high_entropy(entropies, share, self._ranks))
+            count = sum(int(mask.sum()) for mask in masks if mask is not None)
+        self._num_entropy_tokens = int(self._ranks.sum_(torch.tensor(count)))
+        weight = self._bonus.applied / max(1, self._num_entropy_tokens)
+        pairs = zip(samples, masks, strict=True)
+        return [sample | {"high_entropy_T": mask, "entropy_weight": weight} for sample, mask in pairs], num_items
+
+    def _entropies(self, batch: MicroBatch) -> Tensor:
+        with torch.no_grad():
+            _, entropies_T = completion_logprobs(self.model_wrapped, batch, self._config.trl.temperature)
+        assert entropies_T is not None
+        return entropies_T
+
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, MicroBatch],
+        inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Tensor:
-        batch = inputs["micro_batch"].to(self.args.device)
+        batch: MicroBatch = inputs["micro_batch"].to(self.args.device)
+        high_entropy_T, entropy_weight = inputs.get("high_entropy_T"), inputs.get("entropy_weight", 0.0)
         temperature = self._config.trl.temperature
-        logprobs_T, entropies_T = completion_logprobs(model, batch, temperature)
+        logprobs_T, entropies_T = completion_logprobs(model, batch, temperature, entropy_gradient=entropy_weight != 0)
+        assert entropies_T is not None
         ref_logprobs_T = None
         if self._reference is not None:
             with torch.no_grad():
                 ref_logprobs_T, _ = completion_logprobs(self._reference, batch, temperature, compute_entropy=False)
         out = policy_loss(
             logprobs_T, None, ref_logprobs_T, batch.sampling_logprobs_T, batch.advantages_T, batch.weights_T,
-            batch.lengths_B, self._options, entropies_T,
+            batch.lengths_B, self._options, entropies_T, high_entropy_T, entropy_weight,
         )  # fmt: skip
         self._loss_metrics = self._loss_metrics + LossMetrics(out.metrics.sums.cpu(), out.metrics.maxima.cpu())
+        if self._bonus.adaptive:
+            acted_T = entropies_T.detach() if high_entropy_T is None else entropies_T.detach()[high_entropy_T]
+            self._entropy_sum = self._entropy_sum + acted_T.sum().cpu()
         # The weights already hold the step's normalisation: undo DDP's mean over ranks and the Trainer's over micro-batches.
         return out.loss * self._ranks.size * self.current_gradient_accumulation_steps
 
@@ -172,12 +210,21 @@ class GRPOTrainer(Trainer):
         """Not counted: the library's estimate wants padded `input_ids`."""
         return 0
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self._bonus.adaptive:
+            state = json.loads((Path(checkpoint) / CHECKPOINT_MARKER).read_text())
+            if "entropy_bonus" in state:  # not where the key use_adaptive_entropy is new
+                self._bonus.restore(state["entropy_bonus"])
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         if self._ranks.rank == 0:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             step, version = self.state.global_step, self._weight_version()
             state = {"step": step, "weight_version": version, "saved_at": time.time()}
+            if self._bonus.adaptive:
+                state["entropy_bonus"] = self._bonus.state()
             write_atomically(folder / CHECKPOINT_MARKER, json.dumps(state))
             # Here, not in the library: the old checkpoint may go only when the new one is complete.
             rotate_checkpoints(self.args.output_dir, self._config.save_total_limit, use_mtime=True)

@@ -71,6 +71,26 @@ class ObjectiveKeys(Section):
     mask_truncated_completions: bool = Field(
         False, description="Leave completions that hit max_completion_length out of the loss."
     )
+    top_entropy_quantile: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="Train only this share of the step's tokens, those of the highest entropy (0.2 is usual); the KL term keeps all. Below 1 it costs one more forward pass. TRL takes the share of each micro-batch, so that it changes with micro_batch_size.",
+    )
+    entropy_coef: float = Field(
+        0.0,
+        description="Weight of a bonus on the mean entropy of the step's tokens (of those that top_entropy_quantile keeps), in nats. TRL takes the mean of each micro-batch.",
+    )
+    use_adaptive_entropy: bool = Field(
+        False,
+        description="Start with entropy_coef and change it after every step: up where the mean entropy was at or below entropy_target, else down. The bonus is applied only after a step that was at or below it.",
+    )
+    entropy_target: float = Field(
+        0.2, description="Nats per token. Set it near the `entropy` that a run logs at its start; 0.2 is a collapse."
+    )
+    entropy_coef_delta: float = Field(0.005, gt=0, description="Change of entropy_coef per optimizer step.")
+    entropy_coef_min: float = Field(0.0, description="Least value of it.")
+    entropy_coef_max: float = Field(1.0, description="Greatest value of it.")
     # corrections of what was sampled by another policy
     vllm_importance_sampling_correction: bool = Field(
         True,
@@ -106,12 +126,23 @@ class ObjectiveKeys(Section):
         return None if value == "none" else value  # a key without value means the default
 
     @model_validator(mode="after")
-    def keys_of_a_loss_come_with_that_loss(self) -> ObjectiveKeys:
+    def every_key_has_an_effect(self) -> ObjectiveKeys:
         for name, losses in _LOSSES_THAT_READ.items():
             if getattr(self, name) != type(self).model_fields[name].default and self.loss_type not in losses:
                 raise ValueError(
                     f"{name} has no effect with loss_type: {self.loss_type}; remove it, or write loss_type: {losses[0]}"
                 )
+        for name in ("entropy_target", "entropy_coef_delta", "entropy_coef_min", "entropy_coef_max"):
+            if getattr(self, name) != type(self).model_fields[name].default and not self.use_adaptive_entropy:
+                raise ValueError(f"{name} has no effect without use_adaptive_entropy: true; remove it, or write that")
+        return self
+
+    @model_validator(mode="after")
+    def the_entropy_controller_has_a_range(self) -> ObjectiveKeys:
+        if self.entropy_coef_min > self.entropy_coef_max:
+            raise ValueError(
+                f"entropy_coef_min ({self.entropy_coef_min}) is above entropy_coef_max ({self.entropy_coef_max})"
+            )
         return self
 
     @model_validator(mode="after")

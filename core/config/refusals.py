@@ -60,8 +60,6 @@ REFUSED: dict[str, Refusal] = {
               "Remove the key; `trl.generation_batch_size` sets the completions per step.", (None,)),
     **_refuse("trl.vllm_enable_sleep_mode", "the workers have GPUs of their own and never sleep", _REMOVE),
     **_refuse("trl.sync_ref_model trl.ref_model_mixup_alpha trl.ref_model_sync_steps", "the reference stays the initial model", _REMOVE),
-    **_refuse("trl.entropy_coef trl.entropy_target trl.use_adaptive_entropy trl.entropy_coef_delta trl.entropy_coef_min trl.entropy_coef_max "
-              "trl.top_entropy_quantile", "entropy terms are not supported", _REMOVE, (None, False, 0, 0.0, 1.0)),
     **_refuse("trl.cast_lm_head_to_fp32", "it is not supported", _REMOVE),
     **_refuse("trl.use_data_producer trl.async_prefetch trl.prefetch_depth trl.vllm_sync_interval trl.streaming_partial_batch "
               "trl.replay_buffer_size trl.skip_zero_advantage_batches trl.vllm_lora_sync", "the run is synchronous: weights are published after every step",

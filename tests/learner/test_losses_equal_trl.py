@@ -6,6 +6,7 @@ Shapes: B sequences, F reward functions.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -22,9 +23,11 @@ from trl.trainer.utils import split_tensor_dict
 
 from rlx.learner.advantages import AdvantageOptions, Advantages, group_advantages
 from rlx.learner.batching import Sample, collate, split
+from rlx.learner.entropy import EntropyBonus, high_entropy
 from rlx.learner.logprobs import completion_logprobs
 from rlx.learner.loss_metrics import LossMetrics
 from rlx.learner.losses import LossOptions, policy_loss, token_weights
+from rlx.learner.ranks import Ranks
 
 GROUP, B, VOCAB, EOS, MAX_LENGTH, TEMPERATURE = 4, 16, 40, 1, 9, 0.7
 REWARD_WEIGHTS = [1.0, 0.5]
@@ -42,6 +45,8 @@ class Case:
     num_iterations: int = 2
     """1: the old policy is the present one, unless the correction needs it computed"""
     micro_batches: int = 1
+    entropy_share: float = 1.0
+    entropy_coef: float = 0.0
 
 
 @dataclass
@@ -146,6 +151,8 @@ class Oracle:
         for name in ("delta", "use_bias_correction_kl", *SOFT_WEIGHTS):
             setattr(trl.args, name, getattr(options, name))
         trl.off_policy_mask_threshold = options.off_policy_mask_threshold
+        trl.top_entropy_quantile, trl.entropy_coef = case.entropy_share, case.entropy_coef
+        trl._entropy_bonus_enabled = case.entropy_coef != 0
         trl.vllm_importance_sampling_correction = options.vllm_importance_sampling_correction
         trl.vllm_importance_sampling_mode = options.vllm_importance_sampling_mode
         trl.vllm_importance_sampling_clip_min = options.vllm_importance_sampling_clip_min
@@ -153,8 +160,13 @@ class Oracle:
         trl.args.gradient_accumulation_steps = trl.current_gradient_accumulation_steps = case.micro_batches
         trl.args.steps_per_generation = case.micro_batches
 
-    def loss_and_gradients(self, case: Case) -> tuple[float, torch.Tensor, dict[str, Any], dict[str, list[float]]]:
+    def loss_and_gradients(
+        self, case: Case, adapted_coef: float | None = None
+    ) -> tuple[float, torch.Tensor, dict[str, Any], dict[str, list[float]]]:
+        """`adapted_coef` is the state of TRL's adaptive coefficient, which decides itself whether it applies."""
         self.configure(case)
+        if adapted_coef is not None:
+            self.trl.entropy_coef, self.trl._entropy_bonus_enabled = adapted_coef, True
         self.trl._metrics["train"].clear()
         model = self.trl.model.train()
         model.load_state_dict(self.old.state_dict())
@@ -203,14 +215,17 @@ def our_loss_and_gradients(case: Case, oracle: Oracle) -> tuple[float, torch.Ten
     total, metrics = 0.0, LossMetrics.zero()
     for part in split(samples, 1, case.micro_batches)[0]:
         batch = collate(part)
-        logprobs, entropies = completion_logprobs(oracle.new, batch, TEMPERATURE)
+        logprobs, entropies = completion_logprobs(oracle.new, batch, TEMPERATURE, entropy_gradient=True)
+        assert entropies is not None
+        high = high_entropy([entropies], case.entropy_share, Ranks(1))[0] if case.entropy_share < 1 else None
+        entropy_weight = case.entropy_coef / max(1, len(logprobs) if high is None else int(high.sum()))
         with torch.no_grad():
             on_policy = case.num_iterations == 1 and not options.vllm_importance_sampling_correction
             old = None if on_policy else completion_logprobs(oracle.old, batch, TEMPERATURE, False)[0]
             ref = completion_logprobs(oracle.ref, batch, TEMPERATURE, False)[0] if options.beta else None
         out = policy_loss(
             logprobs, old, ref, batch.sampling_logprobs_T, batch.advantages_T, batch.weights_T, batch.lengths_B,
-            options, entropies,
+            options, entropies, high, entropy_weight,
         )  # fmt: skip
         out.loss.backward()
         total, metrics = total + out.loss.item(), metrics + out.metrics
@@ -230,8 +245,8 @@ def size_of_terms(case: Case, rollout: Rollout) -> float:
     return (weights * lengths * our_advantages(case, rollout).advantages.abs()).sum().item()
 
 
-def assert_equal_trl(case: Case, oracle: Oracle) -> None:
-    loss, gradient, _, _ = oracle.loss_and_gradients(case)
+def assert_equal_trl(case: Case, oracle: Oracle, adapted_coef: float | None = None) -> None:
+    loss, gradient, _, _ = oracle.loss_and_gradients(case, adapted_coef)
     our_loss, our_gradient, _ = our_loss_and_gradients(case, oracle)
     # A loss is a sum of signed terms: where they cancel, the error is measured against the terms.
     assert our_loss == pytest.approx(loss, rel=RTOL, abs=RTOL / 10 * size_of_terms(case, oracle.rollout))
@@ -261,13 +276,14 @@ def sampled_cases(rounds: int) -> list[Case]:
         low, high = one_of((None, 3.0), (0.5, 2.0), (0.6, None), (0.7, 1.4))
         options = LossOptions(
             loss_type, level, one_of(0.2, 0.05), one_of(None, 0.28, 1.2), one_of(None, 1.5), one_of(0.0, 0.04),
-            one_of(True, False), mode is not None, mode or "token_truncate", low, high, one_of(None, 0.1, 0.01),
+            one_of(True, False), mode is not None, mode or "token_truncate", low, high, one_of(None, 0.1, 0.03),
             one_of(1.0, 1.3), one_of(1.05, 2.0), one_of(2.0, 1.0), one_of(3.0, 1.5), one_of(3.0, 0.5), one_of(2.0, 0.5),
         )  # fmt: skip
         advantages = one_of(
             *(AdvantageOptions(scale_rewards=s) for s in SCALES), AdvantageOptions(normalize_then_sum=True)
         )
-        cases.append(Case(advantages, one_of(True, False), options, num_iterations=one_of(1, 2)))
+        share, coef = one_of(1.0, 1.0, 0.4, 0.7), one_of(0.0, 0.0, 0.05)
+        cases.append(Case(advantages, one_of(True, False), options, one_of(1, 2), 1, share, coef))
     return cases
 
 
@@ -301,6 +317,35 @@ def test_every_loss_with_every_scaling_equals_trl(
 )
 def test_each_other_option_means_what_it_means_in_trl(oracle: Oracle, options: LossOptions) -> None:
     assert_equal_trl(Case(options=options), oracle)
+
+
+@pytest.mark.parametrize("mask_truncated", [False, True])
+@pytest.mark.parametrize(("share", "coef"), [(0.23, 0.0), (0.0, 0.0), (1.0, 0.05), (0.23, 0.05), (1.0, -0.05)])
+@pytest.mark.parametrize("loss_type", ["dapo", "luspo"])
+def test_the_terms_of_entropy_equal_trl(
+    oracle: Oracle, loss_type: Any, share: float, coef: float, mask_truncated: bool
+) -> None:
+    options = LossOptions(loss_type, beta=0.04)
+    assert_equal_trl(Case(AdvantageOptions(), mask_truncated, options, 2, 1, share, coef), oracle)
+
+
+def test_the_adapted_coefficient_follows_trl_s(oracle: Oracle, monkeypatch: pytest.MonkeyPatch) -> None:
+    trl, found, expected = oracle.trl, [], []
+    bonus = EntropyBonus(0.01, adaptive=True, delta=0.004, least=0.004, greatest=0.017)
+    monkeypatch.setattr(trl, "use_adaptive_entropy", True)
+    trl.args.entropy_coef_delta, trl.args.entropy_coef_min, trl.args.entropy_coef_max = 0.004, 0.004, 0.017
+    case = Case(entropy_coef=0.01)
+    trl._last_world_entropy, coefficient = math.inf, case.entropy_coef
+    for target in (4.0, 4.0, 4.0, 1.0, 1.0, 1.0, 1.0, 4.0):
+        trl.args.entropy_target = bonus.target = target
+        applied = bonus.applied
+        assert_equal_trl(replace(case, entropy_coef=applied), oracle, coefficient)
+        coefficient = trl.entropy_coef
+        bonus.adapt(trl._last_world_entropy)
+        expected.append(coefficient)
+        found.append(bonus.coefficient)
+    assert found == pytest.approx(expected)
+    assert found == pytest.approx([0.014, 0.017, 0.017, 0.013, 0.009, 0.005, 0.004, 0.008])
 
 
 @pytest.mark.parametrize("level", LEVELS)
