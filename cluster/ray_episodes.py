@@ -60,6 +60,8 @@ class RayEpisodes:
 
     async def run(self, worker: Worker, request: GroupRequest) -> list[Episode]:
         assert isinstance(worker, RayWorker), "the workers of this service are Ray actors"
+        if self._servers is not None and (failures := self._servers.failures):
+            raise ServiceError("; ".join(failures.values()))
         episodes = await self._run(worker, request)
         self._budget.record(sum(e.scorable for e in episodes), 0)
         for episode in episodes:

@@ -17,7 +17,7 @@ from typing import Any
 
 from rlx.config import Config
 from rlx.envs.chat import Chat
-from rlx.envs.errors import ActionError, EpisodeTruncated
+from rlx.envs.errors import ActionError
 from rlx.envs.messages import Message
 from rlx.envs.openenv_actions import describe, required, shown
 from rlx.envs.rollout import Rollout, Turn
@@ -26,8 +26,6 @@ from rlx.envs.session import EnvSession
 TEXTS = ("message", "text", "prompt", "observation", "question", "content", "output", "echoed_message", "result")
 """Fields of an observation that are shown to the policy alone, the first that is a text."""
 TOOL = "step"
-_CHARACTERS_PER_TOKEN = 16
-"""More than any text has on average."""
 _FENCED = re.compile(r"```[a-zA-Z]*\s*\n(.*?)```", re.DOTALL)
 
 Act = Callable[[EnvSession, Turn], Awaitable[list[Message]]]
@@ -36,20 +34,15 @@ Act = Callable[[EnvSession, Turn], Awaitable[list[Message]]]
 def player(config: Config) -> Callable[[Rollout], Awaitable[float | None]]:
     """A rollout function that plays the environment which the row's column `environment` names, or the first."""
     max_turns = {env.name: env.max_turns for env in config.envs}
-    most = _CHARACTERS_PER_TOKEN * config.max_model_len
 
     async def play(ctx: Rollout) -> None:
         env = await ctx.env(ctx.task.get("environment"))
         act, tools = await asyncio.to_thread(_way_to_act, env.action_schema, ctx.chat)
-        first = rendered(env.observation)
-        _check_length(env.name, first, most)
-        _begin(ctx, first, tools)
+        _begin(ctx, rendered(env.observation), tools)
         for left in reversed(range(max_turns[env.name])):
             answers = await act(env, await ctx.turn())
             if env.done or not left:
                 return
-            for answer in answers:
-                _check_length(env.name, answer["content"], most)
             ctx.observe(*answers)
 
     return play
@@ -63,12 +56,6 @@ def rendered(observation: Any) -> str:
                 return text
         observation = {name: value for name, value in observation.items() if name != "metadata"}
     return json.dumps(observation, ensure_ascii=False, separators=(",", ":"))
-
-
-def _check_length(name: str, text: str, most: int) -> None:
-    """Megabytes of text would be tokenised for seconds, while all other episodes stand still, only not to fit."""
-    if len(text) > most:
-        raise EpisodeTruncated(f"environment {name!r} showed {len(text):,} characters; no more than {most:,} can fit")
 
 
 def _begin(ctx: Rollout, shown_first: str, tools: list[dict[str, Any]] | None) -> None:

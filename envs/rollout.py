@@ -82,6 +82,7 @@ class Rollout:
         given = own if messages is None else list(messages)
         if given is None and tools:
             raise ValueError("start: tools need messages, and the prompt of this row is text. Give it as messages.")
+        self._state.check_length(given or ())
         group_prompt = not tools and (given is own or (given and own and _same(given, own)))
         ids = request.prompt_ids if group_prompt else self.chat.start(given or (), tools)
         tape = Tape(ids, group_prompt=bool(group_prompt))
@@ -113,6 +114,7 @@ class Rollout:
                 )
             if message["role"] == "assistant":
                 raise ValueError("observe: what the assistant says comes from ctx.turn()")
+        self._state.check_length(messages)
         line = self._current()
         if line.plain:
             ids = self.chat.text(*messages)

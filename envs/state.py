@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import math
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
@@ -22,6 +22,8 @@ from rlx.wire import Completion, GroupRequest, Sampling
 
 Sample = Callable[[str, np.ndarray, Sampling], Awaitable[Completion]]
 """(request_id, prompt_ids int32 [P], sampling) -> one completion."""
+_CHARACTERS_PER_TOKEN = 16
+"""More than any text has on average."""
 CLOSE_TIMEOUT_S = 10.0
 """Seconds that closing an environment may take; then the episode goes on without."""
 
@@ -125,6 +127,14 @@ class EpisodeState:
         """Tokens that `line` may still get, had it `more` fewer."""
         used = len(line.tape) - more
         return min(self.request.sampling.max_tokens, self._max_model_len - len(line.tape.prompt_ids)) - used
+
+    def check_length(self, messages: Sequence[Message]) -> None:
+        """EpisodeTruncated for text that cannot fit: it would be tokenised for seconds while all other episodes of the
+        process stand still."""
+        most = _CHARACTERS_PER_TOKEN * self._max_model_len
+        length = sum(len(content) for m in messages if isinstance(content := m.get("content"), str))
+        if length > most:
+            raise EpisodeTruncated(f"{length:,} characters were to be shown to the policy; {most:,} cannot fit")
 
     async def lease(self, ref: str | int | None, reset: Mapping[str, Any]) -> EnvSession:
         """An environment session; closed with the episode at the latest."""

@@ -122,6 +122,7 @@ async def test_episodes_run_beside_each_other_in_a_process_of_their_own(tmp_path
     await gone(pid, start)
 
 
+@pytest.mark.slow
 async def test_a_function_that_blocks_is_named_with_its_line_and_the_process_replaced(
     tmp_path: Path, runtime: RayRuntime
 ) -> None:
@@ -136,6 +137,7 @@ async def test_a_function_that_blocks_is_named_with_its_line_and_the_process_rep
         assert [e.status for e in await innocent] == ["ok"] * 2, "groups beside it begin anew on a fresh process"
 
 
+@pytest.mark.slow
 async def test_a_function_that_ends_its_process_is_tried_again_and_then_aborted(
     tmp_path: Path, runtime: RayRuntime
 ) -> None:
@@ -149,6 +151,7 @@ async def test_a_function_that_ends_its_process_is_tried_again_and_then_aborted(
         assert "died" in always[0].error
 
 
+@pytest.mark.slow
 async def test_a_thread_that_never_ends_times_out_and_its_process_goes(tmp_path: Path, runtime: RayRuntime) -> None:
     config = make_config(tmp_path, "never_ends", timeout=1.5, failure_budget=1.0)
     async with running(config, runtime) as (episodes, worker):

@@ -119,7 +119,7 @@ async def test_a_long_observation_ends_the_episode_as_truncated_before_it_is_tok
     episode, _ = await played(server, plain_chat(), ["1", "2"])
     assert time.monotonic() - began < 2
     assert (episode.status, episode.reward, episode.turns) == ("truncated", pytest.approx(-0.1), 1)
-    assert "'guess' showed 8,000,000 characters" in episode.error
+    assert "8,000,000 characters were to be shown" in episode.error
 
 
 async def test_a_prompt_that_is_text_goes_on_as_text(server: FakeServer) -> None:
