@@ -80,6 +80,12 @@ def reward_weights_of(config: Config, rewards_BF: np.ndarray) -> torch.Tensor:
     return torch.tensor([*given, *[1.0] * (rewards_BF.shape[1] - len(given))])
 
 
+def known_logprobs(episode: Episode) -> bool:
+    """Whether all sampled tokens have a log-probability. Where one is NaN or infinite, the worker was broken, and the
+    episode is not trained; its reward stays in the group's baseline."""
+    return all(bool(np.isfinite(row.logprobs[row.mask]).all()) for row in episode.rows)
+
+
 def advantage_options(config: Config) -> AdvantageOptions:
     trl = config.trl
     return AdvantageOptions(trl.advantage_estimator, trl.scale_rewards, config.normalizes_each_reward)
@@ -177,7 +183,10 @@ class RolloutStream:
 
     def _micro_batches(self, batch: StepBatch) -> list[MicroBatch]:
         trl, episodes = self._config.trl, batch.episodes
-        unused = torch.tensor([not e.scorable or (trl.mask_truncated_completions and e.truncated) for e in episodes])
+        cut = [trl.mask_truncated_completions and e.truncated for e in episodes]
+        unused = torch.tensor(
+            [not e.scorable or out or not known_logprobs(e) for e, out in zip(episodes, cut, strict=True)]
+        )
         lengths = torch.tensor([e.num_sampled for e in episodes])
         weights = token_weights(trl.loss_type, lengths, trl.max_completion_length, unused)
         prompt_of = [prompt for prompt, group in zip(batch.prompts, batch.groups, strict=True) for _ in group.episodes]

@@ -31,7 +31,8 @@ from rlx.learner.logprobs import completion_logprobs
 from rlx.learner.loss_metrics import LossMetrics
 from rlx.learner.losses import LossOptions, policy_loss
 from rlx.learner.ranks import Ranks
-from rlx.learner.stream import RolloutStream, StepBatch, reward_names
+from rlx.learner.reference import load_reference, mix_into, save_reference
+from rlx.learner.stream import RolloutStream, StepBatch, known_logprobs, reward_names
 
 CHECKPOINT_MARKER = "rlx_state.json"
 
@@ -135,6 +136,13 @@ class GRPOTrainer(Trainer):
                 self._bonus.adapt(self._ranks.sum_(self._entropy_sum).item() / self._num_entropy_tokens)
             self._entropy_sum = torch.zeros(())
             self._step_metrics.setdefault("entropy_coef", []).append(self._bonus.coefficient)
+        trl = self._config.trl
+        if (
+            trl.sync_ref_model
+            and self._reference is not None
+            and self.state.global_step % trl.ref_model_sync_steps == 0
+        ):
+            mix_into(self._reference, self.accelerator.unwrap_model(self.model), trl.ref_model_mixup_alpha)
         now = time.perf_counter()
         evaluated = self._evaluating_s
         times = {"perf/fwd_bwd_s": now - self._training_began, "perf/step_s": now - self._step_ended - evaluated}
@@ -216,11 +224,15 @@ class GRPOTrainer(Trainer):
             state = json.loads((Path(checkpoint) / CHECKPOINT_MARKER).read_text())
             if "entropy_bonus" in state:  # not where the key use_adaptive_entropy is new
                 self._bonus.restore(state["entropy_bonus"])
+        if checkpoint is not None and self._config.trl.sync_ref_model and self._reference is not None:
+            load_reference(self._reference, Path(checkpoint))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         if self._ranks.rank == 0:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            if self._config.trl.sync_ref_model and self._reference is not None:
+                save_reference(self._reference, folder)
             step, version = self.state.global_step, self._weight_version()
             state = {"step": step, "weight_version": version, "saved_at": time.time()}
             if self._bonus.adaptive:
@@ -264,6 +276,8 @@ def step_metrics(config: Config, batch: StepBatch) -> dict[str, float]:
         metrics |= _episode_metrics(episodes)
     for name in dict.fromkeys(name for group in batch.groups for name in group.metrics):
         metrics[name] = _mean([group.metrics[name] for group in batch.groups if name in group.metrics])
+    if bad := sum(not known_logprobs(e) for e in episodes):
+        metrics["frac_logprobs_not_finite"] = bad / len(episodes)
     metrics |= {f"perf/{name}": value for name, value in batch.seconds.items()}
     return metrics
 

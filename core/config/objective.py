@@ -16,6 +16,10 @@ _LOSSES_THAT_READ: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("vespo_k_pos", "vespo_k_neg", "vespo_lambda_pos", "vespo_lambda_neg"), ("vespo",)),
 }
 """Keys that the other losses would ignore."""
+_KEYS_OF_A_SWITCH: dict[str, tuple[str, ...]] = {
+    "use_adaptive_entropy": ("entropy_target", "entropy_coef_delta", "entropy_coef_min", "entropy_coef_max"),
+    "sync_ref_model": ("ref_model_mixup_alpha", "ref_model_sync_steps"),
+}
 
 
 class ObjectiveKeys(Section):
@@ -67,6 +71,15 @@ class ObjectiveKeys(Section):
     )
     use_bias_correction_kl: bool = Field(
         True, description="Multiply the KL estimate by the importance ratio, as TRL does."
+    )
+    sync_ref_model: bool = Field(
+        False, description="Let the reference of the KL term follow the policy (TR-DPO). It is part of each checkpoint."
+    )
+    ref_model_mixup_alpha: float = Field(
+        0.6, ge=0, le=1, description="Share of the policy in the new reference (Axolotl's default is 0.9)."
+    )
+    ref_model_sync_steps: int = Field(
+        512, ge=1, description="Optimizer steps from one mixing to the next (Axolotl's default is 64)."
     )
     mask_truncated_completions: bool = Field(
         False, description="Leave completions that hit max_completion_length out of the loss."
@@ -132,9 +145,14 @@ class ObjectiveKeys(Section):
                 raise ValueError(
                     f"{name} has no effect with loss_type: {self.loss_type}; remove it, or write loss_type: {losses[0]}"
                 )
-        for name in ("entropy_target", "entropy_coef_delta", "entropy_coef_min", "entropy_coef_max"):
-            if getattr(self, name) != type(self).model_fields[name].default and not self.use_adaptive_entropy:
-                raise ValueError(f"{name} has no effect without use_adaptive_entropy: true; remove it, or write that")
+        for switch, names in _KEYS_OF_A_SWITCH.items():
+            given = [n for n in names if getattr(self, n) != type(self).model_fields[n].default]
+            if given and not getattr(self, switch):
+                raise ValueError(f"{given[0]} has no effect without {switch}: true; remove it, or write that")
+        if self.sync_ref_model and self.beta == 0:
+            raise ValueError(
+                "sync_ref_model has no reference to follow the policy at beta: 0; remove it, or raise beta"
+            )
         return self
 
     @model_validator(mode="after")

@@ -59,7 +59,6 @@ REFUSED: dict[str, Refusal] = {
     **_refuse("trl.steps_per_generation", "each batch of rollouts is used for exactly one optimizer step",
               "Remove the key; `trl.generation_batch_size` sets the completions per step.", (None,)),
     **_refuse("trl.vllm_enable_sleep_mode", "the workers have GPUs of their own and never sleep", _REMOVE),
-    **_refuse("trl.sync_ref_model trl.ref_model_mixup_alpha trl.ref_model_sync_steps", "the reference stays the initial model", _REMOVE),
     **_refuse("trl.cast_lm_head_to_fp32", "it is not supported", _REMOVE),
     **_refuse("trl.use_data_producer trl.async_prefetch trl.prefetch_depth trl.vllm_sync_interval trl.streaming_partial_batch "
               "trl.replay_buffer_size trl.skip_zero_advantage_batches trl.vllm_lora_sync", "the run is synchronous: weights are published after every step",

@@ -16,6 +16,7 @@ from rlx.errors import ServiceError
 from rlx.learner.data import Prompt
 from rlx.learner.ranks import Ranks
 from rlx.learner.stream import PromptOrder, RolloutStream, StepBatch, requests_of, reward_weights_of, sampling_of
+from rlx.learner.trainer import step_metrics
 from rlx.wire import GroupResult, RewardOutcome
 
 
@@ -174,3 +175,17 @@ def test_the_estimator_of_the_yaml_gives_the_advantages():
     seen: list[StepBatch] = []
     list(make_stream(settings, lambda step, prompts: (groups, {}), seen.append, steps=1))
     assert seen[0].advantages.advantages.tolist() == pytest.approx([-4, -4 / 3, 4 / 3, 4, -8 / 3, -8 / 3, -8 / 3, 8])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_log_probability_that_is_no_number_takes_its_completion_out_of_the_loss_only(value: float):
+    groups = [group("a", [0.0, 1.0, 2.0, 3.0], [2, 2, 2, 2])]
+    groups[0].episodes[1].rows[0].logprobs[0] = value
+    seen: list[StepBatch] = []
+    stream = make_stream(config(loss_type="dapo"), lambda step, prompts: (groups, {}), seen.append, steps=1)
+    batches = [b["micro_batch"] for b in stream]
+    weights = torch.cat([b.weights_T for b in batches])
+    assert weights.tolist() == pytest.approx([1 / 6] * 6)
+    assert torch.cat([b.sampling_logprobs_T for b in batches]).isfinite().all()
+    assert seen[0].advantages.reward_mean == 1.5
+    assert step_metrics(config(), seen[0])["frac_logprobs_not_finite"] == 0.25
