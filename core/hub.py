@@ -27,7 +27,9 @@ def settle_hub(config: Config) -> None:
 
 def _names_hub(config: Config) -> bool:
     names = [config.base_model, config.tokenizer_config]
-    names += [d.path for d in (*config.datasets, *config.test_datasets) if not d.data_files and ":" not in (d.path or "")]
+    names += [
+        d.path for d in (*config.datasets, *config.test_datasets) if not d.data_files and ":" not in (d.path or "")
+    ]
     names += [name for name in config.trl.reward_funcs if "/" in name and ":" not in name and not name.endswith(".py")]
     return any(name is not None and config.local(name) == name and not name.startswith("/") for name in names)
 
