@@ -1,12 +1,13 @@
 """The Ray actor that runs rollout functions, `rlx-episodes-0` and so on: the user's coroutines in a thread of their own.
 
-The actor's own event loop stays free: it watches the user's, and says who blocks it. `ray_episodes.RayEpisodes` is
-its other end.
+The actor's own event loop stays free: it watches the user's, and says who blocks it. Where it cannot run either, as a
+call in C keeps the interpreter's lock, the process ends itself. `ray_episodes.RayEpisodes` is its other end.
 """
 
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import os
 import sys
 import sysconfig
@@ -29,6 +30,8 @@ from rlx.errors import ServiceError
 from rlx.wire import Completion, GroupRequest, Sampling
 
 _BEAT_S = 0.25
+_STALLS_TO_THE_END = 2
+"""So many times `episodes.stall_timeout` without any Python, and the process ends."""
 _THREADS = 256
 """For `asyncio.to_thread` of all episodes; Python's own choice, 6 on two cores, would let agents wait for each other."""
 
@@ -67,6 +70,7 @@ class EpisodeActor:
         self._beat = time.monotonic()
         self._stall_s = 0.0
         self._parts: Any = None
+        self._alive: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
         return self._label
@@ -79,6 +83,7 @@ class EpisodeActor:
         self._thread.start()
         self._parts = await self._in_thread(set_up(config, urls))
         asyncio.run_coroutine_threadsafe(self._keep_beating(), self._loop)
+        self._alive = asyncio.create_task(self._keep_alive())
         return Loaded(os.getpid(), self._parts.own_reward)
 
     async def run(self, worker: Any, name: str, request: GroupRequest) -> list[Episode]:
@@ -118,6 +123,13 @@ class EpisodeActor:
     async def _keep_beating(self) -> None:
         while True:
             self._beat = time.monotonic()
+            await asyncio.sleep(_BEAT_S)
+
+    async def _keep_alive(self) -> None:
+        """While this runs the process lives. Otherwise a thread that needs no lock writes to the log where each thread
+        is, and ends the process."""
+        while True:
+            faulthandler.dump_traceback_later(_STALLS_TO_THE_END * self._stall_s, exit=True, file=2)
             await asyncio.sleep(_BEAT_S)
 
     async def _watch(self) -> None:

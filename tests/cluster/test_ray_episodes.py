@@ -26,7 +26,7 @@ from rlx.processes import alive, descendants
 from rlx.wire import GroupRequest, Sampling
 
 FUNCTIONS = """
-import asyncio, os, time
+import asyncio, os, re, time
 
 async def two_turns(ctx):
     first = await ctx.turn(max_tokens=4)
@@ -49,6 +49,8 @@ async def misbehaves(ctx):
         raise ValueError("a mistake of the user")
     if what == "waits":
         await asyncio.sleep(2.5)
+    if what == "blocks in C":
+        re.match("(a+)+$", "a" * 40 + "b")
     return 1.0
 
 def never_ends(model, processing_class, prompts, generation_config=None):
@@ -135,6 +137,22 @@ async def test_a_function_that_blocks_is_named_with_its_line_and_the_process_rep
         assert [e.status for e in blocked] == ["aborted"] * 2
         assert "functions.py:15, in misbehaves" in blocked[0].error
         assert [e.status for e in await innocent] == ["ok"] * 2, "groups beside it begin anew on a fresh process"
+
+
+@pytest.mark.slow
+async def test_a_call_in_c_that_keeps_the_lock_of_python_ends_its_process_and_is_named_in_the_log(
+    tmp_path: Path, runtime: RayRuntime
+) -> None:
+    config = make_config(tmp_path, "misbehaves", failure_budget=1.0, retries=0)
+    async with running(config, runtime) as (episodes, worker):
+        start = time.monotonic()
+        blocked = await episodes.run(worker, request("g", what="blocks in C"))
+        assert time.monotonic() - start < 30
+        assert [e.status for e in blocked] == ["aborted"] * 2
+        log = tmp_path / "out" / "logs" / "rlx-episodes-0.log"
+        assert str(log) in blocked[0].error
+        assert 'functions.py", line 26 in misbehaves' in log.read_text()
+        assert [e.status for e in await episodes.run(worker, request("h", what="nothing"))] == ["ok"] * 2
 
 
 @pytest.mark.slow
