@@ -6,6 +6,7 @@ import difflib
 import importlib.util
 from pathlib import Path
 
+from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlx.config import Config
@@ -26,9 +27,8 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     if config.chat_template not in (None, "tokenizer_default"):
         tokenizer.chat_template = training_template(config)
     elif config.chat_template_jinja is not None:
-        template = Path(config.local(config.chat_template_jinja))
-        is_file = len(config.chat_template_jinja) < 256 and template.is_file()
-        tokenizer.chat_template = template.read_text() if is_file else config.chat_template_jinja
+        tokenizer.chat_template = _own_template(config)
+        _check_syntax(config, tokenizer)
     if tokenizer.eos_token_id is None:
         raise ModelError(f"{config.path}: {key}: the tokenizer of {name!r} has no end-of-sequence token.")
     return tokenizer
@@ -46,6 +46,26 @@ def training_template(config: Config) -> str:
             + "Remove the key to use the tokenizer's own, or give the text in chat_template_jinja."
         )
     return shipped[name].read_text()
+
+
+def _own_template(config: Config) -> str:
+    """The text of `chat_template_jinja`, which may be that of a file."""
+    given = str(config.chat_template_jinja)
+    file = Path(config.local(given))
+    if len(given) < 256 and file.is_file():
+        return file.read_text()
+    if "{" not in given:
+        raise ConfigError(f"{config.path}: chat_template_jinja: there is no file {given!r}, and it is no Jinja text.")
+    return given
+
+
+def _check_syntax(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
+    except TemplateSyntaxError as error:
+        raise ConfigError(f"{config.path}: chat_template_jinja, line {error.lineno}: {error.message}") from error
+    except TemplateError:
+        return  # it refuses these messages, which are not those of the run
 
 
 def template_folder() -> Path:
