@@ -48,6 +48,8 @@ def test_help_and_a_config_error_load_nothing_heavy(tmp_path: Path):
     (tmp_path / "bad.yaml").write_text(YAML + "trl:\n  bta: 1\n")
     assert imported_by("--help") == set()
     assert imported_by("train", str(tmp_path / "bad.yaml")) == set()
+    (tmp_path / "samples.jsonl").write_text('{"step": 1, "prompt": "2+2="}\n')
+    assert imported_by("samples", str(tmp_path)) == set()
 
 
 def test_a_config_error_is_one_message_and_exit_code_two(tmp_path: Path):
@@ -75,3 +77,15 @@ def test_axolotl_options_of_vllm_serve_reach_the_vllm_section(tmp_path: Path):
     result = rlx("vllm-serve", str(tmp_path / "run.yaml"), "--port", "0")
     assert result.returncode == 2
     assert "command line, --vllm.port: vllm.port: 0 cannot be used" in result.stderr
+
+
+def test_samples_answers_with_what_was_written_or_one_message(tmp_path: Path):
+    (tmp_path / "samples.jsonl").write_text('{"step": 7, "prompt": "2+2=", "completion": "4", "rewards": {"a": 1}}\n')
+    result = rlx("samples", str(tmp_path), "--step", "5:9", "--best", "3", "--by", "a", "--json")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith('{"step": 7')
+    for arguments, code in ((("--step", "x"), 2), (("--status", "fine"), 2), (("--group", "none"), 1)):
+        result = rlx("samples", str(tmp_path), *arguments)
+        assert (result.returncode, result.stdout) == (code, "")
+        assert result.stderr.startswith("error: ")
+        assert result.stderr.count("\n") == 1

@@ -1,0 +1,1 @@
+../../core/sample_view.py
