@@ -13,6 +13,7 @@ import sys
 import sysconfig
 import threading
 import time
+import traceback
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -66,7 +67,7 @@ class EpisodeActor:
         write_output_to(Path(log))
         self._loop = asyncio.new_event_loop()
         self._loop.set_default_executor(ThreadPoolExecutor(_THREADS, thread_name_prefix="to_thread"))
-        self._thread = threading.Thread(target=self._loop.run_forever, name="episodes", daemon=True)
+        self._thread = threading.Thread(target=self._turn, name="episodes", daemon=True)
         self._beat = time.monotonic()
         self._stall_s = 0.0
         self._parts: Any = None
@@ -119,6 +120,14 @@ class EpisodeActor:
     async def _in_thread(self, coroutine: Any) -> Any:
         """Run `coroutine` in the loop of the user's functions; a cancellation reaches it there."""
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, self._loop))
+
+    def _turn(self) -> None:
+        """Run the loop of the user's functions, also after a task of theirs raised what ends a program."""
+        while True:
+            try:
+                self._loop.run_forever()
+            except (SystemExit, KeyboardInterrupt):
+                traceback.print_exc()
 
     async def _keep_beating(self) -> None:
         while True:

@@ -104,8 +104,8 @@ class EpisodeRunner:
     async def _call(self, state: EpisodeState) -> Any:
         try:
             return await self._function(Rollout(state, self._chat))
-        except SystemExit as error:  # would end the process, and every other episode with it
-            raise UserCodeError(f"trl.rollout_func: it called exit({error.code})") from error
+        except (SystemExit, KeyboardInterrupt) as error:  # would end the loop of all episodes
+            raise UserCodeError(f"trl.rollout_func: it raised {error!r}, which ends a program") from error
 
     def _completion(self, state: EpisodeState) -> Any:
         """What the rewards get: what the function set, else what followed the prompt of the first row."""

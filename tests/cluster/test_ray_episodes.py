@@ -49,9 +49,16 @@ async def misbehaves(ctx):
         raise ValueError("a mistake of the user")
     if what == "waits":
         await asyncio.sleep(2.5)
+    if what == "interrupts":
+        raise KeyboardInterrupt
+    if what == "exits in a task":
+        await asyncio.create_task(leaves())
     if what == "blocks in C":
         re.match("(a+)+$", "a" * 40 + "b")
     return 1.0
+
+async def leaves():
+    raise SystemExit(3)
 
 def never_ends(model, processing_class, prompts, generation_config=None):
     inputs = processing_class("a", return_tensors="pt")
@@ -151,8 +158,20 @@ async def test_a_call_in_c_that_keeps_the_lock_of_python_ends_its_process_and_is
         assert [e.status for e in blocked] == ["aborted"] * 2
         log = tmp_path / "out" / "logs" / "rlx-episodes-0.log"
         assert str(log) in blocked[0].error
-        assert 'functions.py", line 26 in misbehaves' in log.read_text()
+        assert 'functions.py", line 30 in misbehaves' in log.read_text()
         assert [e.status for e in await episodes.run(worker, request("h", what="nothing"))] == ["ok"] * 2
+
+
+async def test_what_ends_a_program_ends_one_episode(tmp_path: Path, runtime: RayRuntime) -> None:
+    async with running(make_config(tmp_path, "misbehaves", failure_budget=1.0), runtime) as (episodes, worker):
+        [pid] = episodes.pids
+        for what, error in (("interrupts", "KeyboardInterrupt"), ("exits in a task", "SystemExit")):
+            beside = asyncio.create_task(episodes.run(worker, request(f"beside {what}", what="waits")))
+            ended = await episodes.run(worker, request(what, what=what))
+            assert [e.status for e in ended] == ["aborted"] * 2
+            assert error in ended[0].error
+            assert [e.status for e in await beside] == ["ok"] * 2
+        assert episodes.pids == [pid]
 
 
 @pytest.mark.slow
