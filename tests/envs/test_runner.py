@@ -137,13 +137,14 @@ async def test_an_exception_aborts_one_episode_with_the_users_traceback_and_no_o
     assert "/envs/runner.py" not in episodes[1].error
 
 
-async def test_exit_aborts_the_episode_and_not_the_process():
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt()])
+async def test_what_ends_a_program_aborts_the_episode_and_not_the_process(error: BaseException):
     async def function(ctx: Rollout) -> None:
-        raise SystemExit(3)
+        raise error
 
     episode = await _one(function)
     assert episode.status == "aborted"
-    assert "exit(3)" in episode.error
+    assert f"it raised {error!r}, which ends a program" in episode.error
 
 
 async def test_a_function_that_cancels_itself_is_aborted():
