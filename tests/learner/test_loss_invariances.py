@@ -293,6 +293,7 @@ def test_only_bad_sequences_that_have_drifted_are_left_out() -> None:
     kept = on_policy_enough(present, sampling, advantages, sequences, 0.9)
     assert kept.tolist() == [False, False, True, True, True, False, False]
     assert on_policy_enough(present, sampling, advantages, sequences, 1.0).all()
+    assert on_policy_enough(present, sampling, torch.zeros(7), sequences, 0.1).all()
     options = LossOptions("grpo", off_policy_mask_threshold=0.9, vllm_importance_sampling_correction=False)
     out = policy_loss(present, None, None, sampling, advantages, torch.ones(7), tensor([2, 0, 2, 1, 2]), options)
     assert out.loss.item() == pytest.approx(-1.0)
