@@ -20,7 +20,7 @@ from rlx.episode import CONTEXT
 from rlx.errors import DatasetError
 from rlx.samples import DEFAULT_LIMIT, Query, Reader, Sample, chosen, samples_file
 
-_HEAD, _TAIL, _HEAD_LINES, _TAIL_LINES = 2600, 1400, 40, 20
+_HEAD, _TAIL, _HEAD_LINES, _TAIL_LINES, _SLACK = 2600, 1400, 40, 20, 200
 _FIRST_MESSAGES, _LAST_MESSAGES = 12, 8
 _VALUE = 300
 _STEP_REWARDS = 20
@@ -87,7 +87,7 @@ def shortened(text: str, full: bool) -> Text:
     head = "\n".join(text[:_HEAD].split("\n")[:_HEAD_LINES])
     tail = "\n".join(text[-_TAIL:].split("\n")[-_TAIL_LINES:])
     left_out = len(text) - len(head) - len(tail)
-    if full or left_out <= 0:
+    if full or left_out <= _SLACK:
         return visible(text)
     note = f"\n[… {left_out:,} of {len(text):,} characters left out; --full shows them …]\n"
     return Text.assemble(visible(head), (note, "yellow"), visible(tail))

@@ -337,7 +337,8 @@ def test_a_long_text_is_shortened_in_its_middle_unless_full():
     lines = shown(record(completion="\n" * 100_000))
     assert lines.count("\n") < 100
     assert "characters left out" in lines
-    assert "left out" not in shown(record(completion="x" * 4000))
+    assert "left out" not in shown(record(completion="x" * 4100))
+    assert "left out" not in shown(record(completion="x\n" * 60))
 
 
 def test_a_long_conversation_and_long_columns_are_shortened_too():
