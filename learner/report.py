@@ -103,7 +103,7 @@ class RunFiles:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_bytes().splitlines()]  # of bytes: text has more kinds of line ends
 
 
 def _without_nan(value: Any) -> Any:
@@ -123,14 +123,14 @@ def _keep_to(path: Path, last_step: int) -> None:
     """Drop the records after `last_step`, and a last line that a crash cut off."""
     kept = []
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_bytes().splitlines():
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError:
+            except ValueError:  # no JSON, or cut within a character
                 break
             if record["step"] <= last_step:
                 kept.append(line)
-    path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    path.write_bytes(b"".join(line + b"\n" for line in kept))
 
 
 def _sample(step: int, prompt: Prompt, group: GroupResult, index: int) -> dict[str, Any]:

@@ -60,6 +60,15 @@ def test_a_new_run_empties_the_files_and_a_resumed_one_keeps_what_lies_before_it
     assert [(tmp_path / f"{name}.jsonl").read_text() for name in ("metrics", "samples", "evals")] == [""] * 3
 
 
+def test_line_ends_of_other_scripts_and_a_character_cut_in_two_lose_no_record(tmp_path: Path) -> None:
+    write(RunFiles(tmp_path, 0), 1)
+    path = tmp_path / "samples.jsonl"
+    said = '{"step": 1, "completion": "a\u2028b\u0085c"}\n'
+    path.write_bytes((said * 2).encode() + '{"step": 2, "completion": "é'.encode()[:-1])
+    RunFiles(tmp_path, 5)
+    assert path.read_bytes().decode() == said * 2
+
+
 def test_a_line_that_a_crash_cut_off_is_dropped(tmp_path: Path) -> None:
     write(RunFiles(tmp_path, 0), 1, 2)
     with (tmp_path / "metrics.jsonl").open("a") as stream:
