@@ -65,7 +65,8 @@ def _trivial_texts(config: Config, row: Mapping[str, Any], answer_column: str | 
 
 def _trivial(config: Config, tokenizer: Any, row: Mapping[str, Any], kind: str, text: str) -> Case:
     limit = config.trl.max_completion_length
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"] if tokenizer else list(range(len(text.split())))
+    encoded = tokenizer(text, add_special_tokens=False, verbose=False) if tokenizer else None
+    ids = list(range(len(text.split()))) if encoded is None else encoded["input_ids"]
     columns = {name: value for name, value in row.items() if name != "prompt"}
     group = [text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]] * GROUP_SIZE
     return Case(kind, ScoreRequest(row["prompt"], group, [ids[:limit]] * GROUP_SIZE, columns, limit))

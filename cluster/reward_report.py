@@ -14,7 +14,8 @@ from rich.table import Table
 
 from rlx.cluster.reward_cases import ANSWER, EMPTY, LONG, PROMPT, SAVED, Case
 
-STUCK = ("timeout", "crash")
+STUCK = {"timeout": "blocks", "crash": "ends its process"}
+"""Outcomes that cost a process, and what the reward does then."""
 _SHOWN = 12
 
 
@@ -58,9 +59,12 @@ def show(console: Console, scores: Sequence[Scores], saved: bool) -> None:
     """The table, then what is odd, then the first failure of each reward."""
     console.print(_saved_table(scores) if saved else _trivial_table(scores))
     if saved:
-        console.print(_changes_table(scores)) if _changes(scores) else console.print(
-            "no reward differs from the saved one"
-        )
+        if _changes(scores):
+            console.print(_changes_table(scores))
+        elif any(_pairs(score) for score in scores):
+            console.print("no reward differs from the saved one")
+        else:
+            console.print("none of these rewards was saved: there is nothing to compare with")
     for score in scores:
         for oddity in oddities(score):
             console.print(f"note  {score.name} {oddity}", markup=False, soft_wrap=True)
@@ -72,10 +76,14 @@ def show(console: Console, scores: Sequence[Scores], saved: bool) -> None:
 
 def oddities(score: Scores) -> list[str]:
     """What should make one look at a reward, though it did not fail."""
-    found = [f"blocks: {call.outcome} for {call.case.kind}" for call in score.calls if call.outcome in STUCK]
+    found = []
+    for outcome, what in STUCK.items():
+        kinds = dict.fromkeys(call.case.kind for call in score.calls if call.outcome == outcome)
+        if kinds:
+            found.append(f"{what} ({outcome}) for {', '.join(kinds)}")
     means = {kind: _mean(score.values(kind)) for kind in (EMPTY, PROMPT, ANSWER, LONG) if score.of(kind)}
     if not means or score.failed:
-        return list(dict.fromkeys(found))
+        return found
     known = {kind: value for kind, value in means.items() if value is not None}
     rest = [value for kind, value in known.items() if kind != EMPTY]
     if not known:
@@ -83,7 +91,7 @@ def oddities(score: Scores) -> list[str]:
     elif len({round(value, 6) for value in known.values()}) == 1 and len(known) > 1:
         hint = "" if ANSWER in known else "; name the column of the right answer with --answer-column"
         found.append(f"gives {next(iter(known.values())):g} for everything{hint}")
-    elif EMPTY in known and rest and known[EMPTY] >= max(rest):
+    elif EMPTY in known and rest and (known[EMPTY] > max(rest) or known[EMPTY] == max(rest) > 0):
         found.append(f"pays for nothing: {known[EMPTY]:g} for an empty completion, at most {max(rest):g} for another")
     return found
 
@@ -113,7 +121,7 @@ def _cell(score: Scores, kind: str) -> str:
 def _saved_table(scores: Sequence[Scores]) -> Table:
     table = Table(title="saved completions, scored again")
     table.add_column("reward", overflow="fold")
-    for column in ("completions", "saved mean", "mean now", "changed", "seconds", "outcome"):
+    for column in ("completions", "saved mean", "mean now", "changed", "seconds", "groups"):
         table.add_column(column, justify="right")
     for score in scores:
         pairs = _pairs(score)
@@ -121,7 +129,7 @@ def _saved_table(scores: Sequence[Scores]) -> Table:
         outcomes = Counter(call.outcome for call in score.calls)
         told = ", ".join(f"{count} {name}" for name, count in outcomes.items()) or "not loaded"
         table.add_row(
-            escape(score.name), str(len(pairs)), _number(recorded), _number(_mean(score.values(SAVED))),
+            escape(score.name), str(sum(len(call.values) for call in score.calls)), _number(recorded), _number(_mean(score.values(SAVED))),
             str(sum(_differ(*pair) for pair in pairs)), f"{sum(call.seconds for call in score.calls):.2f}",
             f"[red]{told}[/red]" if score.failed else told,
         )  # fmt: skip

@@ -150,6 +150,8 @@ def test_a_reward_that_pays_for_nothing_or_does_not_tell_apart_is_flagged():
     assert oddities(scored(nothing=1.0, prompt=0.5, answer=1.0, long=0.0)) == [
         "pays for nothing: 1 for an empty completion, at most 1 for another"
     ]
+    assert oddities(scored(nothing=0.0, prompt=-0.5, answer=-0.5))[0].startswith("pays for nothing: 0 ")
+    assert oddities(scored(nothing=0.0, prompt=0.0, answer=0.0, long=-1.0)) == [], "a penalty of length"
     assert oddities(scored(nothing=0.5, prompt=0.5, answer=0.5)) == ["gives 0.5 for everything"]
     assert oddities(scored(nothing=0.0, prompt=0.0)) == [
         "gives 0 for everything; name the column of the right answer with --answer-column"
@@ -204,7 +206,8 @@ async def test_every_reward_is_scored_to_the_end_whatever_the_others_do(tmp_path
     assert [call.outcome for call in scores["wants_gold"].calls] == ["refused"]
     assert "has no attribute 'missing'" in scores["missing"].broken
     text = shown(list(scores.values()))
-    assert "note  mine.hangs_on_nothing blocks: timeout for nothing" in text
+    assert "note  mine.hangs_on_nothing blocks (timeout) for nothing\n" in text
+    assert "note  mine.dies_of_long ends its process (crash) for a long text\n" in text
     assert "ZeroDivisionError" in text
     assert "asks for 'gold'" in text
     assert "not loaded" in text
@@ -260,6 +263,9 @@ def test_the_command_ends_with_one_when_a_reward_failed_and_leaves_nothing(tmp_p
     done = rlx(tmp_path, "run.yaml", "--samples", str(path))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "what differs" in done.stdout
+    path = write(tmp_path / "samples.jsonl", sample(rewards={"another": 1.0}))
+    done = rlx(tmp_path, "run.yaml", "--samples", str(path))
+    assert "nothing to compare with" in done.stdout
 
 
 def rlx(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
