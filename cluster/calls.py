@@ -17,6 +17,7 @@ _NAME_TIMEOUT_S = 20.0
 _CAUSES = {
     "connection error code 2": "its process ended without a word (killed, out of memory, or a crash)",
     "killed by the OOM killer": "it was killed because memory ran out",
+    "`ray.kill`": "rlx ended its process, as something that ran in it did not end",
     "exit code": "its process exited",
 }
 

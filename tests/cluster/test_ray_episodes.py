@@ -133,7 +133,7 @@ async def test_episodes_run_beside_each_other_in_a_process_of_their_own(tmp_path
 
 @pytest.mark.slow
 async def test_a_function_that_blocks_is_named_with_its_line_and_the_process_replaced(
-    tmp_path: Path, runtime: RayRuntime
+    tmp_path: Path, runtime: RayRuntime, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with running(make_config(tmp_path, "misbehaves", failure_budget=1.0), runtime) as (episodes, worker):
         innocent = asyncio.create_task(episodes.run(worker, request("run/0/1", what="waits")))
@@ -144,6 +144,7 @@ async def test_a_function_that_blocks_is_named_with_its_line_and_the_process_rep
         assert [e.status for e in blocked] == ["aborted"] * 2
         assert "functions.py:15, in misbehaves" in blocked[0].error
         assert [e.status for e in await innocent] == ["ok"] * 2, "groups beside it begin anew on a fresh process"
+    assert "attempt 1: rlx-episodes-0 died: rlx ended its process" in caplog.text
 
 
 @pytest.mark.slow
