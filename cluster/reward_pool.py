@@ -81,7 +81,6 @@ class RewardPool:
         The deadline counts from the group's turn. A caller that goes away leaves the call to its end: the next group
         must not pay for it.
         """
-        self.budget.check(self._who)
         answer: Answer = await asyncio.shield(self._spawn(self._score(group)))
         self.budget.check(self._who)
         return answer

@@ -19,11 +19,15 @@ class FailureBudget:
     """
 
     def __init__(self, share: float, window: int = 200, *, key: str = "the failure budget", items: str = "samples"):
-        self.counts: Counter[str] = Counter()
-        """Failures since the start, by kind."""
-        self.first_cause = ""
         self._share, self._key, self._items = share, key, items
         self._recent: deque[str] = deque(maxlen=window)  # the kind of the failure, "" for a success
+        self._begin()
+
+    def _begin(self) -> None:
+        self._recent.clear()
+        self.counts: Counter[str] = Counter()
+        """Failures of this run, by kind."""
+        self.first_cause = ""
         self._succeeded = 0
 
     def record(self, ok: int, failed: int, cause: str = "", kind: str = "failed") -> None:
@@ -35,7 +39,10 @@ class FailureBudget:
             self.counts[kind] += failed
 
     def check(self, who: str) -> None:
-        """UserCodeError about `who`, with the counts and the first cause, when too many have failed."""
+        """UserCodeError about `who`, with the counts and the first cause, when too many have failed.
+
+        That ends a run; counting begins anew for the next one, as the service goes on.
+        """
         recent = Counter(kind for kind in self._recent if kind)
         failed, num_recent = recent.total(), len(self._recent)
         allowed = round(self._share * (self._recent.maxlen or 0), 6)
@@ -44,7 +51,9 @@ class FailureBudget:
             return
         kinds = ", ".join(f"{count} {kind}" for kind, count in recent.most_common())
         rule = f"{self._key} = {self._share:g} allows {allowed:g} of {self._recent.maxlen}"
+        first_cause = self.first_cause
+        self._begin()
         raise UserCodeError(
             f"{who} failed for {failed} of the last {num_recent} {self._items} ({kinds}); "
-            f"{'not one has succeeded' if never else rule}. The first failure:\n{self.first_cause}"
+            f"{'not one has succeeded' if never else rule}. The first failure:\n{first_cause}"
         )

@@ -64,6 +64,7 @@ def test_the_message_has_the_counts_by_kind_the_key_and_the_first_cause():
     budget.record(4, 0)
     budget.record(0, 1, "first traceback", "exception")
     budget.record(1, 2, "second traceback", "timeout")
+    assert budget.counts == {"timeout": 2, "exception": 1}
     with pytest.raises(UserCodeError) as caught:
         budget.check("trl.reward_funcs[0] (f)")
     assert str(caught.value) == (
@@ -71,7 +72,15 @@ def test_the_message_has_the_counts_by_kind_the_key_and_the_first_cause():
         "rewards.reward_failure_budget = 0.1 allows 2 of 20. The first failure:\n"
         "first traceback"
     )
-    assert budget.counts == {"timeout": 2, "exception": 1}
+
+
+def test_the_run_after_one_that_was_stopped_counts_anew():
+    budget = FailureBudget(0.1, 20)
+    budget.record(1, 3, "first")
+    assert stops(budget)
+    budget.record(1, 2, "second")
+    assert not stops(budget)
+    assert (budget.first_cause, budget.counts.total()) == ("second", 2)
 
 
 @given(groups=st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8)), max_size=60), percent=st.integers(0, 99))
@@ -81,4 +90,6 @@ def test_it_stops_exactly_when_the_last_window_says_so(groups, percent):
         budget.record(ok, failed, "cause")
         seen += [True] * ok + [False] * failed
         too_many = seen[-20:].count(False) * 100 > percent * 20
-        assert stops(budget) == (too_many or (len(seen) >= ALL_FAILED and not any(seen)))
+        stopped = stops(budget)
+        assert stopped == (too_many or (len(seen) >= ALL_FAILED and not any(seen)))
+        seen = [] if stopped else seen
