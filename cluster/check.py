@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from rlx.cluster.layout import plan_layout, this_machine
 from rlx.config import Config, make_plan
 from rlx.config.plan import count_parameters, estimate_memory
 from rlx.errors import ConfigError, DatasetError, ModelError, RlxError, UserCodeError
+
+_IMPORT_S = 30.0
 
 
 @dataclass
@@ -81,7 +84,13 @@ def _check_data(config: Config, found: _Findings) -> tuple[dict[str, Any] | None
     if tokenizer is not None:
         try:
             length = len(encode_prompt(config, tokenizer, row["prompt"], f"{config.path}: datasets[0], row 0"))
-            found.lines.append(f"first prompt: {length} tokens of at most {config.max_prompt_length}")
+            if length > config.max_prompt_length:
+                found.unchecked.append(
+                    f"the first prompt has {length} tokens, more than max_prompt_length ({config.max_prompt_length}): it will "
+                    "be left out"
+                )
+            else:
+                found.lines.append(f"first prompt: {length} tokens of at most {config.max_prompt_length}")
         except DatasetError as error:
             found.errors.append(error)
     return row, tokenizer
@@ -100,30 +109,67 @@ def _check_transform_names(config: Config, found: _Findings) -> None:
 
 
 def _check_rewards(config: Config, row: dict[str, Any] | None, found: _Findings) -> None:
-    from rlx.rewards.scoring import ScoreRequest, load_reward, score_group
+    from rlx.rewards.scoring import ScoreRequest
     from rlx.rewards.sources import check_source, kind_of
 
     for index, name in enumerate(config.trl.reward_funcs):
+        key = f"trl.reward_funcs[{index}]"
         try:
             if (kind := kind_of(name, config.base_dir)) != "function":
-                check_source(name, config.base_dir, f"trl.reward_funcs[{index}]")
+                check_source(name, config.base_dir, key)
                 what = "a model, is not loaded" if kind == "model" else "another process, is not called"
                 found.unchecked.append(f"not checked: reward {name}, {what}; `rlx reward test` does")
                 continue
-            reward = load_reward(name, config.base_dir, f"trl.reward_funcs[{index}]")
             if row is None:
+                _tried(config, name, key, None)
                 found.lines.append(f"reward {name}: imported")
                 found.unchecked.append(f"not checked: reward {name} on a row, because there is none")
                 continue
             columns = {k: v for k, v in row.items() if k != "prompt"}
             said = ["", "42"] if isinstance(row["prompt"], str) or _as_text(config) else [[_reply("")], [_reply("42")]]
             request = ScoreRequest(row["prompt"], said, [[], [0]], columns, config.trl.max_completion_length)
-            values = score_group(reward, request)
+            values = _tried(config, name, key, request)
             found.lines.append(
                 f"reward {name}: gives {', '.join(f'{v:g}' for v in values)} for the completions '' and '42' of the first row"
             )
         except UserCodeError as error:
             found.errors.append(error)
+
+
+def _tried(config: Config, name: str, key: str, request: Any) -> list[float]:
+    """What the reward function says of `request`, None: only import it. In a process of its own: it may block, or end
+    its process. Raises UserCodeError."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_try_and_send, args=(sender, name, config.base_dir, key, request), daemon=True)
+    process.start()
+    sender.close()
+    seconds = config.rewards.timeout + _IMPORT_S
+    try:
+        if not receiver.poll(seconds):
+            raise UserCodeError(f"{key} ({name}) did not answer within {seconds:g} s; in a run it would be killed.")
+        answer = receiver.recv()
+    except EOFError:
+        process.join(_IMPORT_S)
+        raise UserCodeError(
+            f"{key} ({name}) ended its process, with status {process.exitcode}. A reward function must return."
+        ) from None
+    finally:
+        process.kill()
+        process.join(_IMPORT_S)
+    if isinstance(answer, UserCodeError):
+        raise answer
+    return answer
+
+
+def _try_and_send(sender: Any, name: str, base_dir: Path, key: str, request: Any) -> None:
+    from rlx.rewards.scoring import load_reward, score_group
+
+    try:
+        reward = load_reward(name, base_dir, key)
+        sender.send([] if request is None else score_group(reward, request).tolist())
+    except UserCodeError as error:
+        sender.send(error)
 
 
 def _check_episodes(config: Config, tokenizer: Any, found: _Findings) -> None:

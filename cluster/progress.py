@@ -12,6 +12,8 @@ from typing import Protocol
 from rich.console import Console
 
 Say = Callable[[str], None]
+WARNING = "warning: "
+"""Begins the lines of the service that `rlx run` shows also while it trains."""
 _LOOK_INTERVAL_S = 0.5
 _REPEAT_INTERVAL_S = 15.0
 _SILENT = ("waiting", "closed")

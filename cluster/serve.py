@@ -7,6 +7,7 @@ SIGINT or SIGTERM ─► drain ─► actors ─► placement group ─► Ray �
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 from collections.abc import Callable, Coroutine
@@ -16,7 +17,7 @@ from typing import Any
 
 from rlx.cluster import watchdog
 from rlx.cluster.engines import EngineFactory, vllm_engine
-from rlx.cluster.progress import Say, say, shown
+from rlx.cluster.progress import WARNING, Say, say, shown
 from rlx.cluster.ray_episodes import RayEpisodes
 from rlx.cluster.ray_runtime import RayRuntime
 from rlx.cluster.ray_scorer import RayScorer
@@ -34,6 +35,7 @@ _LOOK_INTERVAL_S = 2.0
 
 def serve_main(config: Config, *, engine: EngineFactory = vllm_engine) -> int:
     """Run the service until it is told to stop. Returns the exit status; raises rlx.errors, with everything closed."""
+    logging.basicConfig(level=logging.WARNING, format=f"{WARNING}%(message)s")
     return asyncio.run(serve(config, engine=engine))
 
 

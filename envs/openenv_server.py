@@ -39,6 +39,7 @@ _GRACE_S = 3.0
 _POLL_S = 0.2
 _LOG_LINES = 20
 _LEAK_SIGHTINGS = 2
+_LEAK_LOOKS, _LEAK_LOOK_S = 3, 0.5
 _SHARE = 20
 """A probe takes at most one part in so many of the time: its session is one that no episode has."""
 _log = logging.getLogger(__name__)
@@ -167,6 +168,8 @@ class SupervisedServer:
             try:
                 await try_session(self._address, {**self._settings.reset, "seed": 0}, left)
                 return
+            except Full:  # of episodes that waited for it to come back
+                return
             except Unreachable as error:
                 last = str(error)
                 await asyncio.sleep(min(_POLL_S, left))
@@ -233,9 +236,8 @@ class SupervisedServer:
                 leaks = 0
                 wait = max(self._interval, _SHARE * (time.monotonic() - began))
             except Full as full:
-                clients = await _clients(self._port)
-                lost = full.active - clients if full.active is not None else int(clients == 0)
-                leaks = leaks + 1 if lost > 0 and 2 * lost >= (full.active or 1) else 0
+                lost = await self._lost_sessions(full)
+                leaks = leaks + 1 if lost else 0
                 if leaks >= _LEAK_SIGHTINGS:
                     fault = f"{lost} of its sessions belong to nobody any more: {full}"
             except Raised as error:
@@ -244,6 +246,24 @@ class SupervisedServer:
                 fault = str(error)
             if fault and process.returncode is None:
                 return fault
+
+    async def _lost_sessions(self, full: Full) -> int:
+        """How many sessions of a full server nobody is connected to, 0 for less than half. It must stay so for
+        _LEAK_LOOKS looks: short episodes may all end between a probe and the count of their connections."""
+        for _ in range(_LEAK_LOOKS):
+            clients = await _clients(self._port)
+            lost = full.active - clients if full.active is not None else int(clients == 0)
+            if lost <= 0 or 2 * lost < (full.active or 1):
+                return 0
+            await asyncio.sleep(_LEAK_LOOK_S)
+            try:
+                await try_session(self._address, {**self._settings.reset, "seed": 0}, self._settings.reset_timeout)
+                return 0
+            except Full as still:
+                full = still
+            except EnvLost:  # the next probe will say what is wrong
+                return 0
+        return lost
 
 
 async def _clients(port: int) -> int:

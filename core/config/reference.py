@@ -16,6 +16,10 @@ from rlx.config.schema import Config
 from rlx.config.sections import (
     ClusterSection,
     DatasetSection,
+    EnvSection,
+    EpisodesSection,
+    OpenEnvSection,
+    RewardLimits,
     RewardsSection,
     ServiceSection,
     TrlSection,
@@ -28,6 +32,10 @@ _SECTIONS: list[tuple[str, type[BaseModel]]] = [
     ("datasets[] and test_datasets[]", DatasetSection),
     ("service", ServiceSection),
     ("rewards", RewardsSection),
+    ("rewards.functions.NAME", RewardLimits),
+    ("envs[]", EnvSection),
+    ("envs[].openenv", OpenEnvSection),
+    ("episodes", EpisodesSection),
     ("cluster", ClusterSection),
 ]
 
@@ -46,7 +54,7 @@ def render() -> str:
     parts = [
         _INTRODUCTION,
         "## Top level\n",
-        _table(Config, skip={name.split("[")[0] for name, _ in _SECTIONS} - {"datasets"}),
+        _table(Config, skip={name.split("[")[0] for name, _ in _SECTIONS} - {"datasets", "envs"}),
     ]
     for name, model in _SECTIONS:
         first_line = (model.__doc__ or "").strip().splitlines()[0]

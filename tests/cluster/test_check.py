@@ -11,15 +11,18 @@ from pathlib import Path
 import pytest
 from tiny_models import make_tiny_model
 
+from rlx.cluster import check
 from rlx.cluster.check import check_main
 from rlx.config import load_config
-from rlx.errors import ConfigError
+from rlx.errors import ConfigError, UserCodeError
 
 ROOT = Path(__file__).parents[2]
 REWARDS = (
     "def good(completions, answer, **kwargs):\n    return [float(c == a) for c, a in zip(completions, answer)]\n"
     "def short(completions):\n    return [1.0]\n"
     "def broken(completions):\n    return [1 / 0]\n"
+    "def blocks(completions):\n    import time\n    time.sleep(1000)\n"
+    "def exits(completions):\n    import os\n    os._exit(4)\n"
     "def to_prompt(cfg):\n    return lambda row: {'prompt': row['question']}, {'remove_columns': ['question']}\n"
 )
 
@@ -87,3 +90,18 @@ def test_the_quickstart_names_its_own_reward_and_transform():
     quickstart = load_config(ROOT / "examples" / "quickstart" / "quickstart.yaml")
     assert quickstart.trl.reward_funcs == ["rewards.exact_match"]
     assert quickstart.datasets[0].type == "rewards.to_prompt"
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        ("blocks", "trl.reward_funcs[0] (mine.blocks) did not answer within 1 s"),
+        ("exits", "trl.reward_funcs[0] (mine.exits) ended its process, with status 4"),
+    ],
+)
+def test_a_reward_that_blocks_or_exits_is_an_error_of_its_own(tmp_path, model, capsys, monkeypatch, reward, message):
+    monkeypatch.setattr(check, "_IMPORT_S", 0.0 if reward == "blocks" else 30.0)
+    settings = config(tmp_path, model, reward=f"mine.{reward}")
+    quick = settings.model_copy(update={"rewards": settings.rewards.model_copy(update={"timeout": 1.0})})
+    assert check_main(quick, 1) == UserCodeError.exit_code
+    assert f"error {message}" in capsys.readouterr().out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 
 import numpy as np
@@ -10,7 +11,6 @@ import pytest
 from e2e_parts import LEARNER_START_S, TOLERANCE, client_of, difference, read_rows, rlx
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlx.errors import UserCodeError
 from rlx.wire import GroupRequest, Sampling
 
 RUN_S = LEARNER_START_S + 60
@@ -38,12 +38,18 @@ def test_a_reward_that_raises_stops_the_run_with_one_message(llama, tmp_path):
     with rlx(tmp_path, "train", llama.config, *options, "--num-processes", "2") as learner:
         assert learner.wait(RUN_S) == 1
         assert learner.left() == []
-    assert learner.last_message.startswith("error: trl.reward_funcs[1] (rewards.fault) raised ZeroDivisionError")
+    assert re.match(
+        r"error: trl\.reward_funcs\[1\] \(rewards\.fault\) failed for \d+ of the last \d+ completions \(\d+ exception\); "
+        r".*The first failure:\ntrl\.reward_funcs\[1\] \(rewards\.fault\) raised ZeroDivisionError",
+        learner.last_message,
+    ), learner.last_message
     assert f'{llama.folder / "rewards.py"}", line 9, in fault' in learner.last_message
     assert "return [1.0 / len(text[:0]) for text in completions]" in learner.last_message
     assert "/rewards/scoring.py" not in learner.output
-    assert learner.output.count("Traceback") == 1
+    assert learner.last_message.count("Traceback") == 1
     assert learner.output.count("error: ") == 1
+    notes = [line for line in learner.output.splitlines() if line.startswith("note: ")]
+    assert len([n for n in notes if "rewards.fault: exception" in n]) <= 1, "told once before the run stops, if at all"
 
 
 @pytest.mark.parametrize(
@@ -53,12 +59,18 @@ def test_a_reward_that_raises_stops_the_run_with_one_message(llama, tmp_path):
         ("nan", "returned nan for completion 0. Return a finite number, or None if not applicable."),
     ],
 )
-def test_a_reward_of_the_wrong_shape_or_nan_is_named_by_its_key(llama, kind, message):
+def test_a_reward_of_the_wrong_shape_or_nan_gives_no_value_and_says_why(llama, kind, message):
     ids, sampling = np.arange(5, dtype=np.int32), Sampling(max_tokens=4)
+    fine = GroupRequest(f"fine/{kind}", "say 1", ids, 4, sampling)
     request = GroupRequest(f"fault/{kind}", "say 1", ids, 4, sampling, columns={"fault": kind})
-    with client_of(llama.config) as client, pytest.raises(UserCodeError) as raised:
-        client.rollouts([request])
-    assert str(raised.value) == f"trl.reward_funcs[1] (rewards.fault) {message}"
+    with client_of(llama.config) as client:
+        client.rollouts([fine])
+        [result] = client.rollouts([request])
+    lower_case, fault = result.rewards
+    assert np.isfinite(lower_case.values).all()
+    assert np.isnan(fault.values).all()
+    assert (fault.outcome, fault.failed) == ("invalid", 4)
+    assert fault.error.startswith(f"trl.reward_funcs[1] (rewards.fault) {message}")
 
 
 def test_a_learner_that_is_killed_leaves_the_service_to_the_next_and_so_does_ctrl_c(llama, tmp_path):
