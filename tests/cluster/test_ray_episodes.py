@@ -144,7 +144,9 @@ async def test_a_function_that_blocks_is_named_with_its_line_and_the_process_rep
         assert [e.status for e in blocked] == ["aborted"] * 2
         assert "functions.py:15, in misbehaves" in blocked[0].error
         assert [e.status for e in await innocent] == ["ok"] * 2, "groups beside it begin anew on a fresh process"
-    assert "attempt 1: rlx-episodes-0 died: rlx ended its process" in caplog.text
+    # It may see the block itself, or its process go: whichever comes first.
+    causes = ("rlx-episodes-0 died: rlx ended its process", "a rollout function blocked its process")
+    assert any(f"attempt 1: {cause}" in caplog.text for cause in causes)
 
 
 @pytest.mark.slow
