@@ -189,7 +189,7 @@ class _Environment:
                 if full.code != "CAPACITY_REACHED" and not self.leases.open:
                     raise
                 refusal = str(full)
-            except BaseException:
+            except BaseException:  # cancelled or failed, the lease goes back
                 self.leases.give()
                 raise
             else:
@@ -203,7 +203,7 @@ class _Environment:
             first = await _reset(connection, reset, seconds_until(deadline, self.settings.reset_timeout))
             if not self.schemas:
                 self.schemas = await _schemas(address, seconds_until(deadline, self.settings.reset_timeout))
-        except BaseException:
+        except BaseException:  # cancelled or failed, nobody will close it later
             connection.lose("the session was not opened")
             raise
         return Session(self, connection, first)

@@ -87,7 +87,7 @@ class EnvServers:
         except BaseExceptionGroup as failed:
             await self.close()
             raise failed.exceptions[0] from None
-        except BaseException:
+        except BaseException:  # cancelled: what was started ends
             await self.close()
             raise
 
