@@ -28,7 +28,8 @@ def example(tmp_path: Path, name: str, *overrides: Any) -> Iterator[Rlx]:
 
 @pytest.mark.usefixtures("quickstart")
 def test_the_conversation_learns_and_trains_what_was_sampled(tmp_path: Path) -> None:
-    with example(tmp_path, "multi_turn", "--max_steps", 24, "--eval_steps", 24, "--samples_per_step", 64) as run:
+    fewer = ("--max_steps", 24, "--eval_steps", 24, "--samples_per_step", 64, "--trl.num_generations_eval", 8)
+    with example(tmp_path, "multi_turn", *fewer) as run:
         assert run.wait(RUN_S) == 0, run.output
         assert run.left() == []
     first, last = evaluations_shown(run.output, "episode")
