@@ -109,7 +109,8 @@ class RewardPool:
         return answer
 
     async def _turn(self) -> _Process:
-        """A process with room for a group. While there is none, the oldest caller waits first."""
+        """A process with room for a group. While there is none, callers wait, the oldest first: each call has a deadline,
+        and so has the group (service.group_timeout)."""
         room = GROUPS_SIDE_BY_SIDE if self._is_async else 1
         while True:
             free = [process for process in self._processes if process.in_flight < room]

@@ -141,7 +141,7 @@ def _import(site: _Site, path: str) -> ModuleType | None:
     """The module called `path`; None when there is none, an error when it is there and fails."""
     try:
         return importlib.import_module(path)
-    except (Exception, SystemExit) as error:
+    except (Exception, SystemExit) as error:  # the user's module: anything may come out of it
         if isinstance(error, ModuleNotFoundError) and error.name == path:
             return None
         raise site.error(f"its import failed.\n{user_traceback(error)}{_dependency_hint(error)}") from error
@@ -150,7 +150,7 @@ def _import(site: _Site, path: str) -> ModuleType | None:
 def _attribute(site: _Site, parent: Any, part: str) -> Any:
     try:
         return getattr(parent, part, _MISSING)
-    except (Exception, SystemExit) as error:
+    except (Exception, SystemExit) as error:  # the user's module: its `__getattr__` may do anything
         raise site.error(f"reading `{part}` failed.\n{user_traceback(error)}{_dependency_hint(error)}") from error
 
 

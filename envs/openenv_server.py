@@ -154,7 +154,7 @@ class SupervisedServer:
             ) from error
         try:
             await self._until_ready(self._process)
-        except BaseException:
+        except BaseException:  # cancelled or not ready: nothing of it goes on
             await self._end(0)
             raise
 

@@ -50,7 +50,7 @@ async def in_thread(function: Callable[[], T], name: str) -> T:
     def run() -> None:
         try:
             value = context.run(function)
-        except Exception as error:
+        except Exception as error:  # the user's: it is raised again where the caller awaits
             settle(outcome.set_exception, _awaitable(error, name))
         except BaseException as error:  # SystemExit in a task would end the event loop of all episodes
             settle(outcome.set_exception, _ended(error, name))

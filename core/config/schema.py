@@ -174,7 +174,7 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def something_gives_a_reward(self) -> Config:
+    def weights_and_limits_are_of_rewards_that_are_there(self) -> Config:
         count, given = len(self.trl.reward_funcs), len(self.trl.reward_weights or ())
         if given > count and not self.has_episodes:
             raise ValueError(f"trl.reward_weights has {given} values for {count} reward_funcs; write one per function")
