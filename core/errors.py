@@ -8,7 +8,11 @@
     ├── ServiceError (RuntimeError)      the rollout service refused or failed
     │   ├── ServiceUnavailable           nobody answers, or a worker is down
     │   ├── WireError (ValueError)       bytes that are not in the wire format (in `rlx.wire`)
+    │   ├── RequestTooLong               a request beyond the model's context length
+    │   ├── GroupCancelled               the learner took a group back
+    │   ├── SessionReplaced              another learner took the service over
     │   └── WeightSyncError              a worker did not take the weights that were sent
+    │       └── ParityError              a worker's log-probabilities are not the learner's
     └── DeadlineExceeded (TimeoutError)  someone did not answer in time
 
 Each message says what was wrong, where, and what to write instead. All of them survive pickling, so that
@@ -53,8 +57,24 @@ class ServiceUnavailable(ServiceError):
     """Nobody answers at the service's address, or one of its workers is down."""
 
 
+class RequestTooLong(ServiceError):
+    """Prompt and completion together are longer than the model's context; asking again gives the same answer."""
+
+
+class GroupCancelled(ServiceError):
+    """The learner took this group back."""
+
+
+class SessionReplaced(ServiceError):
+    """Another learner took the service over; this one's groups and weights are refused."""
+
+
 class WeightSyncError(ServiceError):
     """A worker did not take the weights that were sent, or took others."""
+
+
+class ParityError(WeightSyncError):
+    """A worker's log-probabilities on the probe are too far from the learner's."""
 
 
 class DeadlineExceeded(RlxError, TimeoutError):

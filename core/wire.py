@@ -330,13 +330,36 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
+class Probe:
+    """Fixed token sequences with the learner's log-probabilities at temperature 1 under the weights of an update:
+    `ids[i]` has T_i tokens, `logprobs[i]` the T_i - 1 log-probabilities of all but the first."""
+
+    ids: tuple[tuple[int, ...], ...]
+    logprobs: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
 class WeightManifest:
-    """What a weight update will bring. `fingerprint` is the xxh3-128 hex digest of the safetensors bytes."""
+    """What a weight update will bring. `fingerprint` is the xxh3-128 hex digest of the `nbytes` safetensors bytes.
+
+    With `base_fingerprint` only the difference to the update of that fingerprint travels (`rollout/delta.py`), as
+    `transfer_nbytes` bytes; size and fingerprint are still those of the whole. `probe` is what a worker's
+    log-probabilities are compared with; with `gate` no worker serves these weights before it passed.
+    """
 
     version: int
     nbytes: int
     fingerprint: str
     tensors: tuple[TensorSpec, ...]
+    base_fingerprint: str | None = None
+    transfer_nbytes: int | None = None
+    probe: Probe | None = None
+    gate: bool = False
+
+    @property
+    def travels(self) -> int:
+        """Bytes that the learner sends."""
+        return self.nbytes if self.transfer_nbytes is None else self.transfer_nbytes
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -345,9 +368,27 @@ class WeightManifest:
     def from_json(body: Mapping[str, Any]) -> WeightManifest:
         try:
             tensors = tuple(TensorSpec(t["name"], t["dtype"], tuple(t["shape"])) for t in body["tensors"])
-            return WeightManifest(int(body["version"]), int(body["nbytes"]), str(body["fingerprint"]), tensors)
+            base, transfer, probe = body.get("base_fingerprint"), body.get("transfer_nbytes"), body.get("probe")
+            return WeightManifest(
+                version=int(body["version"]),
+                nbytes=int(body["nbytes"]),
+                fingerprint=str(body["fingerprint"]),
+                tensors=tensors,
+                base_fingerprint=None if base is None else str(base),
+                transfer_nbytes=None if transfer is None else int(transfer),
+                probe=None if probe is None else _probe(probe),
+                gate=bool(body.get("gate", False)),
+            )
         except _MALFORMED as error:
             raise WireError(f"not a weight manifest: {type(error).__name__}: {error}") from error
+
+
+def _probe(body: Mapping[str, Any]) -> Probe:
+    ids = tuple(tuple(operator.index(i) for i in sequence) for sequence in body["ids"])
+    logprobs = tuple(tuple(float(x) for x in sequence) for sequence in body["logprobs"])
+    if [len(i) - 1 for i in ids] != [len(x) for x in logprobs] or not ids or min(map(len, ids)) < 2:
+        raise ValueError("a probe needs sequences of two tokens or more, with one log-probability less each")
+    return Probe(ids, logprobs)
 
 
 def _concat(arrays: list[np.ndarray], dtype: Any) -> np.ndarray:

@@ -4,11 +4,29 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import tempfile
+from collections.abc import Iterable
+from typing import Protocol
 
 from rlx.config import Config, make_plan
 from rlx.hub import check_in_reach
+
+
+class Failure(Protocol):
+    """What the elastic agent says of a process that failed: `timestamp` in whole seconds, `exitcode` as Popen has it."""
+
+    exitcode: int
+    timestamp: int
+
+
+def first_cause(failures: Iterable[Failure]) -> Failure:
+    """The failure that the others follow from. A process that loses another fails within the same second; the agent
+    itself ends the rest with SIGTERM."""
+    by_time = sorted(failures, key=lambda f: f.timestamp)
+    at_first = [f for f in by_time if f.timestamp <= by_time[0].timestamp + 1]
+    return next((f for f in at_first if f.exitcode < 0 and f.exitcode != -signal.SIGTERM), by_time[0])
 
 
 def train_main(config: Config, overrides: list[str], num_processes: int) -> int:
@@ -40,11 +58,11 @@ def train_main(config: Config, overrides: list[str], num_processes: int) -> int:
             )
             elastic_launch(launch, sys.executable)(*arguments)
     except ChildFailedError as error:
-        _, failure = error.get_first_failure()
+        failure = first_cause(error.failures.values())
         if failure.exitcode < 0:
             print(f"error: a learner process was killed by signal {-failure.exitcode}", file=sys.stderr, flush=True)
             return 128 - failure.exitcode
         return failure.exitcode or 1
-    except SignalException as signal:
-        return 128 + signal.sigval
+    except SignalException as stopped:
+        return 128 + stopped.sigval
     return 0

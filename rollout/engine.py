@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from rlx.rollout.worker import EngineLoad
 from rlx.wire import Completion, Sampling, WeightManifest
 
 
@@ -40,6 +41,9 @@ class Engine(Protocol):
 
     def seconds_since_token(self) -> float:
         """Age of the newest token that this engine really generated, in seconds."""
+
+    def load(self) -> EngineLoad:
+        """How busy it is now; cheap, asked for a few times a second."""
 
     async def openai(self, route: str, body: dict[str, Any]) -> dict[str, Any] | AsyncIterator[str]:
         """Serve an OpenAI-shaped request (`completions` or `chat/completions`); an iterator of server-sent-event

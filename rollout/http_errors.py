@@ -12,10 +12,13 @@ from rlx import errors
 from rlx.errors import (
     ConfigError,
     DeadlineExceeded,
+    GroupCancelled,
     ModelError,
+    RequestTooLong,
     RlxError,
     ServiceError,
     ServiceUnavailable,
+    SessionReplaced,
     UserCodeError,
     WeightSyncError,
 )
@@ -39,6 +42,9 @@ _STATUS: dict[type[Exception], int] = {
     ConfigError: 400,
     Unauthorized: 401,
     KeyConflict: 409,
+    RequestTooLong: 422,
+    GroupCancelled: 409,
+    SessionReplaced: 409,
     UserCodeError: 422,
     WeightSyncError: 502,
     ServiceUnavailable: 503,

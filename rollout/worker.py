@@ -16,6 +16,19 @@ from rlx.wire import Completion, GroupRequest, RewardOutcome, Sampling, WeightMa
 
 
 @dataclass(frozen=True)
+class EngineLoad:
+    """How busy an engine is. `running`, `waiting`: sequences; `kv_cache_usage`: share of the key-value cache in use;
+    `preemptions` and `generated_tokens` count since the start, `busy_s` the seconds with at least one sequence."""
+
+    running: int = 0
+    waiting: int = 0
+    kv_cache_usage: float = 0.0
+    preemptions: int = 0
+    generated_tokens: int = 0
+    busy_s: float = 0.0
+
+
+@dataclass(frozen=True)
 class WorkerStatus:
     """`state`: loading, ready or down; `cause` says why it is down. `token_age_s`: seconds since it generated a token."""
 
@@ -27,6 +40,7 @@ class WorkerStatus:
     node: str = ""
     pid: int = 0
     cause: str = ""
+    load: EngineLoad = EngineLoad()
 
 
 class Worker(Protocol):

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from rlx.config.refusals import METHODS_ELSEWHERE, REFUSED, VALUE_HINTS
 from rlx.config.schema import Config
+from rlx.config.section import keys_of
 from rlx.config.source import KeyPath, Source, dotted, read_source
 from rlx.errors import ConfigError
 
@@ -75,7 +76,7 @@ def _key_problems(source: Source, model: type[BaseModel], data: dict[str, Any], 
             if not any(value is off or (value == off and type(value) is type(off)) for off in refusal.harmless):
                 problems.append(f"{source.where(key)}: {dotted(key)}: {refusal.why}. {refusal.instead}")
             continue
-        field = model.model_fields.get(name) if isinstance(name, str) else None
+        field = keys_of(model).get(name) if isinstance(name, str) else None
         if field is None:
             problems.append(f"{source.where(key)}: unknown key {dotted(key)!r}.{_nearest(str(name), model, at)}")
             continue
@@ -103,14 +104,14 @@ def _section_of(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
 
 def _nearest(name: str, model: type[BaseModel], at: KeyPath) -> str:
     """A suggestion: the nearest key here, else the same key in another section."""
-    close = difflib.get_close_matches(name, model.model_fields, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(name, keys_of(model), n=1, cutoff=0.6)
     if close:
         return f" Did you mean {dotted((*at, close[0]))!r}?"
-    everywhere = {name: name for name in Config.model_fields}
-    for section, field in Config.model_fields.items():
+    everywhere = {name: name for name in keys_of(Config)}
+    for section, field in keys_of(Config).items():
         inner, many = _section_of(field.annotation)
         if inner is not None:
-            everywhere |= {key: f"{section}[].{key}" if many else f"{section}.{key}" for key in inner.model_fields}
+            everywhere |= {key: f"{section}[].{key}" if many else f"{section}.{key}" for key in keys_of(inner)}
     close = difflib.get_close_matches(name, everywhere, n=1, cutoff=0.8)
     return f" Did you mean {everywhere[close[0]]!r}?" if close else " docs/configuration.md lists every key."
 
@@ -120,7 +121,7 @@ def _without_refused(data: dict[str, Any], at: tuple[str, ...] = ()) -> dict[str
     for name, value in data.items():
         if ".".join((*at, str(name))) in REFUSED:
             continue
-        inner = Config.model_fields[name].annotation if not at and name in Config.model_fields else None
+        inner = keys_of(Config)[name].annotation if not at and name in keys_of(Config) else None
         if value is None and isinstance(inner, type) and issubclass(inner, BaseModel):
             continue
         kept[name] = _without_refused(value, (*at, str(name))) if isinstance(value, dict) and not at else value
@@ -154,7 +155,7 @@ def _meaning(key: KeyPath) -> str:
     for part in key:
         if isinstance(part, int) or model is None:
             continue
-        field = model.model_fields.get(part)
+        field = keys_of(model).get(part)
         if field is None:
             break
         description = field.description or ""

@@ -13,7 +13,9 @@ from pydantic_core import PydanticUndefined
 
 from rlx.config.refusals import REFUSED
 from rlx.config.schema import Config
+from rlx.config.section import keys_of
 from rlx.config.sections import (
+    AsyncSection,
     ClusterSection,
     DatasetSection,
     EnvSection,
@@ -30,6 +32,7 @@ _SECTIONS: list[tuple[str, type[BaseModel]]] = [
     ("trl", TrlSection),
     ("vllm", VllmSection),
     ("datasets[] and test_datasets[]", DatasetSection),
+    ("async", AsyncSection),
     ("service", ServiceSection),
     ("rewards", RewardsSection),
     ("rewards.functions.NAME", RewardLimits),
@@ -70,7 +73,7 @@ def render() -> str:
 
 def _table(model: type[BaseModel], skip: set[str]) -> str:
     rows = ["| key | type | default | meaning |", "| --- | --- | --- | --- |"]
-    for name, field in model.model_fields.items():
+    for name, field in keys_of(model).items():
         if name not in skip:
             meaning = (field.description or "").replace("|", "\\|")
             rows.append(f"| `{name}` | {_type(field.annotation)} | {_default(field)} | {meaning} |")

@@ -9,6 +9,7 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from rlx.config.section import Section
 from rlx.config.sections import (
+    AsyncSection,
     ClusterSection,
     DatasetSection,
     EnvSection,
@@ -66,6 +67,9 @@ class Config(Section):
     )
     trl: TrlSection = Field(default_factory=TrlSection, description="Generation, rewards and loss.")
     vllm: VllmSection = Field(default_factory=VllmSection, description="Rollout workers.")
+    async_: AsyncSection = Field(
+        alias="async", default_factory=AsyncSection, description="Generation beside training, and weight updates."
+    )
     service: ServiceSection = Field(default_factory=ServiceSection, description="Deadlines of the service.")
     rewards: RewardsSection = Field(default_factory=RewardsSection, description="How rewards are run.")
     envs: list[EnvSection] = Field(
@@ -118,6 +122,13 @@ class Config(Section):
     )
     logging_steps: int = Field(1, ge=1, description="Optimizer steps between log lines.")
     eval_steps: int | None = Field(None, ge=1, description="Optimizer steps between evaluations.")
+    eval_success_reward: float = Field(
+        1.0, description="Weighted reward from which on a completion counts as solved, for pass@k in evaluations."
+    )
+    save_best: bool = Field(
+        True,
+        description="Keep the weights of the best evaluation in output_dir/best, where there are held-out prompts.",
+    )
     samples_per_step: int = Field(8, ge=0, description="Completions per step written to samples.jsonl.")
 
     _path: Path = PrivateAttr(default=Path("config.yaml"))
@@ -170,6 +181,14 @@ class Config(Section):
             raise ValueError(
                 f"episodes.timeout ({self.episodes.timeout:g} s) must stay below 0.9 × service.group_timeout "
                 f"({self.service.group_timeout:g} s); lower the first or raise the second"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def only_plain_replies_travel_directly(self) -> Config:
+        if self.service.direct and self.has_episodes:
+            raise ValueError(
+                "service.direct is for plain replies, and this run has rollout functions, tools or environments; remove it"
             )
         return self
 

@@ -192,6 +192,52 @@ class DatasetSection(Section):
         return self
 
 
+class AsyncSection(Section):
+    """`async:` how far generation may run ahead of training, and how weights reach the workers. rlx's own."""
+
+    max_staleness: int = Field(
+        1,
+        ge=0,
+        description="Optimizer steps that the policy may have made since the oldest trained token of a sample was sampled. 0 is the synchronous run: sample, train, publish, one after the other. 1 and more sample the next steps' groups while the learner trains.",
+    )
+    max_inflight_groups: int | None = Field(
+        None,
+        ge=1,
+        description="Groups that the learner has submitted and not got back. Default: as many as max_staleness admits; the service takes as many at a time as its workers hold without preempting.",
+    )
+    max_requeues: int = Field(
+        2,
+        ge=0,
+        description="Times that a group that became too old is cancelled and its prompt sampled anew; after that the step waits for it, so that long completions are trained, too.",
+    )
+    oversample: float = Field(
+        1.0,
+        ge=1,
+        description="Submit this many times a step's groups and go on with the first that are complete. With max_staleness: 0 the others are cancelled and their prompts come again; above, they are trained next.",
+    )
+    dynamic_sampling: bool = Field(
+        False,
+        description="Leave groups out whose completions all have the same reward, which teach nothing, and sample other prompts in their place (DAPO).",
+    )
+    max_sampling_attempts: int = Field(
+        4,
+        ge=1,
+        description="Bound of dynamic_sampling: after this many times a step's groups the step is filled with groups that were left out.",
+    )
+    publish: Literal["together", "rolling"] = Field(
+        "together", description="Whether all workers swap to new weights at once, or one after the other."
+    )
+    weight_transfer: Literal["auto", "full"] = Field(
+        "auto",
+        description="auto: send only the elements that changed since the last update where that is smaller. full: always everything.",
+    )
+    parity_threshold: float = Field(
+        0.1,
+        gt=0,
+        description="Nats: the mean |log p(worker) − log p(learner)| over the probe's tokens above which a worker gets no work, and training does not start. Probed before the first step, after every resume and after every restart of a worker.",
+    )
+
+
 class ServiceSection(Section):
     """`service:` deadlines of the rollout service. rlx's own."""
 
@@ -205,6 +251,15 @@ class ServiceSection(Section):
     probe_timeout: float = Field(60.0, gt=0, description="Seconds without a token after which a worker counts as down.")
     drain_timeout: float = Field(
         20.0, gt=0, description="Seconds that running groups get to finish when the service stops."
+    )
+    max_restarts: int = Field(
+        3,
+        ge=0,
+        description="Times in a row that a worker which died or did not take weights is restarted, brought to the newest weights and verified before it gets work again; then it stays out.",
+    )
+    direct: bool = Field(
+        False,
+        description="The gateway only hands out addresses: groups go from the learner to the workers' own endpoints and tokens come back directly. For services larger than one gateway process carries. Plain replies only.",
     )
 
 
