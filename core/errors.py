@@ -12,6 +12,7 @@
     │   ├── GroupCancelled               the learner took a group back
     │   ├── SessionReplaced              another learner took the service over
     │   └── WeightSyncError              a worker did not take the weights that were sent
+    │       ├── WeightBaseMismatch       the service does not hold the weights that a difference was made from
     │       └── ParityError              a worker's log-probabilities are not the learner's
     └── DeadlineExceeded (TimeoutError)  someone did not answer in time
 
@@ -71,6 +72,10 @@ class SessionReplaced(ServiceError):
 
 class WeightSyncError(ServiceError):
     """A worker did not take the weights that were sent, or took others."""
+
+
+class WeightBaseMismatch(WeightSyncError):
+    """The service does not hold the weights that a difference was made from; send everything."""
 
 
 class ParityError(WeightSyncError):

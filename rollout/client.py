@@ -188,7 +188,7 @@ class RolloutClient:
         ):
             try:
                 answer = await next(self._pool_in_turn).put(
-                    path, content=_pieces(data), headers={"Content-Length": str(manifest.nbytes)}
+                    path, content=_pieces(data), headers={"Content-Length": str(manifest.travels)}
                 )
             except httpx.TransportError as error:
                 raise ServiceUnavailable(f"{who}: {_lost(self.base_url, error)}") from error

@@ -20,6 +20,7 @@ from rlx.errors import (
     ServiceUnavailable,
     SessionReplaced,
     UserCodeError,
+    WeightBaseMismatch,
     WeightSyncError,
 )
 from rlx.rollout.auth import Unauthorized
@@ -46,6 +47,7 @@ _STATUS: dict[type[Exception], int] = {
     GroupCancelled: 409,
     SessionReplaced: 409,
     UserCodeError: 422,
+    WeightBaseMismatch: 409,
     WeightSyncError: 502,
     ServiceUnavailable: 503,
     DeadlineExceeded: 504,
