@@ -36,6 +36,7 @@ class EngineWorker:
             in_flight=self._in_flight,
             node=platform.node(),
             pid=os.getpid(),
+            load=self._engine.load(),
         )
 
     async def generate(self, request_id: str, prompt_ids: np.ndarray, n: int, sampling: Sampling) -> list[Completion]:
