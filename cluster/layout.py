@@ -38,9 +38,9 @@ class Layout:
     learner_gpus: tuple[str, ...]
 
     @property
-    def bundles(self) -> list[dict[str, float]]:
-        """One bundle of a Ray placement group per engine."""
-        return [{self.resource: float(self.devices_per_engine)} for _ in range(self.num_engines)]
+    def bundle(self) -> dict[str, float]:
+        """What Ray reserves for one engine."""
+        return {self.resource: float(self.devices_per_engine)}
 
     def describe(self) -> str:
         each = f"{self.devices_per_engine} {self.resource}{'s' if self.devices_per_engine > 1 else ''} each"

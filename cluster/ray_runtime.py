@@ -1,7 +1,7 @@
 """The Ray that the service runs on: started here, or joined where RAY_ADDRESS is set.
 
 A Ray that we start lives on this machine, gets the last N GPUs only, and ends with us. Of a cluster that we joined
-we only take a placement group; the actors on it end with our connection.
+we only take a placement group for each engine; the actors on it end with our connection.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from rlx.cluster.layout import Inventory, Layout, plan_layout, this_machine, too_few_devices
+from rlx.cluster.reservation import Reservation, counts
 from rlx.config import Config
 from rlx.errors import ConfigError, ServiceError, ServiceUnavailable
 from rlx.processes import descendants, end_processes, is_free
@@ -27,7 +27,6 @@ from rlx.processes import descendants, end_processes, is_free
 PLACEMENT_TIMEOUT_S = 60.0
 # Ray's sockets live below it, and a socket's path may have 107 characters.
 _TEMP_ROOT, _TEMP_PREFIX = Path("/tmp"), "rlx-ray-"
-_WAIT_SLICE_S = 1.0
 _STOP_GRACE_S = 5.0
 _ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 # Ray announces each time that it asks for its token (~/.ray/auth_token), which is what we want.
@@ -35,11 +34,11 @@ logging.getLogger("ray").setLevel(logging.ERROR)
 
 
 class RayRuntime:
-    """A connection to Ray with one placement group: a bundle per engine. `start` → `reserve` → `stop`."""
+    """A connection to Ray, and the reservations of the engines' devices. `start` → `reserve` → `stop`."""
 
     def __init__(self, config: Config):
         self.layout: Layout | None = None
-        self.group: PlacementGroup | None = None
+        self._reservations: dict[int, Reservation] = {}
         self.dashboard_url = ""
         self._config = config
         self._temp_dir: Path | None = None
@@ -56,28 +55,36 @@ class RayRuntime:
             self._join(address)
 
     async def reserve(self, timeout_s: float = PLACEMENT_TIMEOUT_S) -> None:
-        """Reserve the engines' devices; ServiceUnavailable says what is missing when they are not free in time."""
+        """Reserve the devices of the first engines; ServiceUnavailable says what is missing when not all are free in
+        time, and then none is kept."""
         assert self.layout is not None, "start comes first"
-        self.group = placement_group(self.layout.bundles, strategy="PACK")
-        slices = max(1, round(timeout_s / _WAIT_SLICE_S))
-        for _ in range(slices):
-            if await asyncio.to_thread(self.group.wait, timeout_s / slices):
-                return
-        resource = self.layout.resource
-        free, total = (counts.get(resource, 0.0) for counts in (ray.available_resources(), ray.cluster_resources()))
-        raise ServiceUnavailable(
-            f"{self.layout.describe()} could not be reserved in the Ray cluster within {timeout_s:g} s: {free:g} of its "
-            f"{total:g} {resource}s are free (an engine's must be on one node). Wait for the other jobs, or lower "
-            "vllm.data_parallel_size."
-        )
+        first = [self.reservation(index) for index in range(self.layout.num_engines)]
+        for reservation in first:
+            reservation.ask()
+        outcomes = await asyncio.gather(*(reservation.wait(timeout_s) for reservation in first), return_exceptions=True)
+        if any(isinstance(outcome, ServiceUnavailable) for outcome in outcomes):
+            resource = self.layout.resource
+            free, total = await asyncio.to_thread(counts, resource)
+            free += self.layout.devices_per_engine * outcomes.count(None)
+            for reservation in first:
+                reservation.release()
+            raise ServiceUnavailable(
+                f"{self.layout.describe()} could not be reserved in the Ray cluster within {timeout_s:g} s: {free:g} of "
+                f"its {total:g} {resource}s are free (an engine's must be on one node). Wait for the other jobs, or lower "
+                "vllm.data_parallel_size."
+            )
+
+    def reservation(self, index: int) -> Reservation:
+        """Of the devices of engine `index`; an engine beyond the first ones asks for its own when it starts."""
+        assert self.layout is not None, "start comes first"
+        return self._reservations.setdefault(index, Reservation(self.layout.bundle))
 
     def stop(self) -> None:
-        """Give everything back: placement group, connection, and the Ray that was started here. Idempotent."""
+        """Give everything back: reservations, connection, and the Ray that was started here. Idempotent."""
         if not ray.is_initialized():
             return
-        if self.group is not None:
-            remove_placement_group(self.group)
-            self.group = None
+        for reservation in self._reservations.values():
+            reservation.release()
         self._shutdown()
         if self._temp_dir is not None:
             shutil.rmtree(self._temp_dir, ignore_errors=True)

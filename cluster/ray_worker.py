@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlx.cluster.calls import call, create, stream
-from rlx.cluster.ray_runtime import RayRuntime
+from rlx.cluster.ray_runtime import PLACEMENT_TIMEOUT_S, RayRuntime
+from rlx.cluster.reservation import Reservation
 from rlx.cluster.rollout_actor import Place, RolloutActor
-from rlx.errors import ServiceUnavailable
+from rlx.errors import DeadlineExceeded, ServiceUnavailable
 from rlx.rollout.engine import Engine
 from rlx.rollout.worker import WorkerStatus
 from rlx.wire import Completion, Sampling, WeightManifest
@@ -41,7 +41,8 @@ class WeightParcel:
 
 
 class RayWorker:
-    """Engine `index` of the placement group. `start` makes its actor, also again after it died."""
+    """Engine `index`, on devices of its own. `start` makes its actor, also again after its process or its node died:
+    on the same devices, or, when their node is gone, on others as soon as Ray has some. The log goes on in one file."""
 
     def __init__(
         self,
@@ -51,6 +52,7 @@ class RayWorker:
         runtime: RayRuntime,
         log_dir: Path,
         parcel: WeightParcel,
+        reserve_timeout_s: float = PLACEMENT_TIMEOUT_S,
     ):
         self.name = f"rlx-rollout-{index}"
         self.phase = "waiting"
@@ -59,6 +61,7 @@ class RayWorker:
         self._build_engine = build_engine
         self._runtime = runtime
         self._parcel = parcel
+        self._reserve_timeout_s = reserve_timeout_s
         self._actor: Any = None
         self._place: Place | None = None
         self._phase_since = time.monotonic()
@@ -69,28 +72,47 @@ class RayWorker:
         return self._actor
 
     async def start(self) -> None:
-        """Make the actor, load the engine. The caller bounds the loading."""
-        assert self._runtime.layout is not None, "nothing is reserved yet"
-        self._enter("starting its process")
-        if self._actor is not None:
-            ray.kill(self._actor)  # the handle of a dead one keeps its name
-        bundle = self._runtime.layout.bundles[self._index]
-        strategy = PlacementGroupSchedulingStrategy(self._runtime.group, placement_group_bundle_index=self._index)
-        self._actor = await create(
-            RolloutActor,
-            self.name,
-            self.name,
-            self._build_engine,
-            str(self.log.absolute()),
-            num_cpus=bundle.get("CPU", 0),
-            num_gpus=bundle.get("GPU", 0),
-            max_concurrency=_CONCURRENCY,
-            scheduling_strategy=strategy,
-        )
-        self._place = await call(self._actor.place.remote(), self._who, CREATE_TIMEOUT_S)
+        """Reserve the devices unless they are, make the actor, load the engine. The caller bounds the loading;
+        ServiceUnavailable after `reserve_timeout_s` seconds without devices."""
+        before = self._place
+        self._kill()
+        await self._make_actor()
         self._enter("loading the model")
-        await self._call("start")
+        await self._call("start", before)
         self._enter("ready")
+
+    async def _make_actor(self) -> None:
+        reservation = self._runtime.reservation(self._index)
+        while self._place is None:
+            await self._reserve(reservation)
+            self._enter("starting its process")
+            self._actor = await create(
+                RolloutActor,
+                self.name,
+                self.name,
+                self._build_engine,
+                str(self.log.absolute()),
+                num_cpus=reservation.bundle.get("CPU", 0),
+                num_gpus=reservation.bundle.get("GPU", 0),
+                max_concurrency=_CONCURRENCY,
+                scheduling_strategy=reservation.strategy,
+            )
+            try:
+                self._place = await call(self._actor.place.remote(), self._who, CREATE_TIMEOUT_S)
+            except (DeadlineExceeded, ServiceUnavailable):
+                if await reservation.held():
+                    raise
+                self._kill()  # its node died meanwhile
+
+    async def _reserve(self, reservation: Reservation) -> None:
+        self._enter("reserving its devices")
+        try:
+            await reservation.wait(self._reserve_timeout_s, self._waits)
+        except ServiceUnavailable as error:
+            raise ServiceUnavailable(f"{self._who} has {error}") from None
+
+    def _waits(self, missing: str) -> None:
+        self.phase = f"waiting for {missing}"
 
     async def status(self) -> WorkerStatus:
         return await self._call("status", timeout_s=STATUS_TIMEOUT_S)
@@ -122,17 +144,23 @@ class RayWorker:
         return _lines(first, lines)
 
     async def close(self) -> None:
-        """Close the engine, then end the actor's process; idempotent."""
-        actor, self._actor = self._actor, None
-        if actor is None:
-            return
+        """Close the engine, end the actor's process, give the devices back; idempotent."""
         try:
-            await call(actor.close.remote(), self._who, CLOSE_TIMEOUT_S, self._hint)
+            if self._place is not None:
+                await self._call("close", timeout_s=CLOSE_TIMEOUT_S)
         except ServiceUnavailable:
             pass  # it is dead already
         finally:
-            ray.kill(actor)
+            self._kill()
+            if self._runtime.layout is not None:
+                self._runtime.reservation(self._index).release()
             self._enter("closed")
+
+    def _kill(self) -> None:
+        """End the actor's process, whatever it is doing; a dead one's name becomes free."""
+        actor, self._actor, self._place = self._actor, None, None
+        if actor is not None:
+            ray.kill(actor)
 
     @property
     def node_id(self) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import tempfile
+import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +16,26 @@ import ray
 
 from rlx.cluster import watchdog
 from rlx.cluster.output import write_output_to
+from rlx.errors import ServiceUnavailable
+from rlx.processes import alive, start_of
 from rlx.rollout.engine import Engine
+from rlx.rollout.engine_worker import EngineWorker
 from rlx.rollout.worker import WorkerStatus
 from rlx.wire import Completion, Sampling, WeightManifest
 
 
+_LEFTOVERS_S = 15.0
+
+
 @dataclass(frozen=True)
 class Place:
-    """Where an actor runs: Ray's id of the node, its address, and the actor's process."""
+    """Where an actor runs: Ray's id of the node, its address, and the actor's process. `watchdog`: process id and start
+    time of what ends the processes that the actor leaves behind; it ends after them."""
 
     node_id: str
     node: str
     pid: int
+    watchdog: tuple[int, int]
 
 
 class RolloutActor:
@@ -36,37 +46,40 @@ class RolloutActor:
     def __init__(self, name: str, build_engine: Callable[[], Engine], log: str):
         self._name = name
         self._build_engine = build_engine
-        self._engine: Engine | None = None
-        self._in_flight = 0
+        self._worker: EngineWorker | None = None
         write_output_to(Path(log))
-        watchdog.guard()
+        watchdog_pid = watchdog.guard().pid
+        context = ray.get_runtime_context()
+        self._place = Place(
+            context.get_node_id(),
+            ray.util.get_node_ip_address(),
+            os.getpid(),
+            (watchdog_pid, start_of(watchdog_pid) or 0),
+        )
 
     def __repr__(self) -> str:
         return self._name
 
     async def place(self) -> Place:
-        context = ray.get_runtime_context()
-        return Place(context.get_node_id(), ray.util.get_node_ip_address(), os.getpid())
+        return self._place
 
-    async def start(self) -> None:
-        engine = self._build_engine()
-        await engine.start()
-        self._engine = engine
+    async def start(self, before: Place | None) -> None:
+        """Load the engine, once nothing is left of the actor that was `before` this one on the same node: its
+        processes hold memory and devices."""
+        if before is not None and before.node_id == self._place.node_id:
+            await _gone(before)
+        worker = EngineWorker(self._name, self._build_engine())
+        await worker.start()
+        self._worker = worker
 
     async def status(self) -> WorkerStatus:
-        node, pid = ray.util.get_node_ip_address(), os.getpid()
-        if self._engine is None:
+        node, pid = self._place.node, self._place.pid
+        if self._worker is None:
             return WorkerStatus(self._name, "loading", 0, 0.0, 0, node, pid)
-        engine = self._engine
-        age = engine.seconds_since_token()
-        return WorkerStatus(self._name, "ready", engine.weight_version(), age, self._in_flight, node, pid)
+        return replace(await self._worker.status(), node=node, pid=pid)
 
     async def generate(self, request_id: str, prompt_ids: np.ndarray, n: int, sampling: Sampling) -> list[Completion]:
-        self._in_flight += n
-        try:
-            return await self._ready().generate(request_id, prompt_ids, n, sampling)
-        finally:
-            self._in_flight -= n
+        return await self._ready().generate(request_id, prompt_ids, n, sampling)
 
     async def prompt_logprobs(self, ids: np.ndarray) -> np.ndarray:
         return await self._ready().prompt_logprobs(ids)
@@ -99,9 +112,20 @@ class RolloutActor:
             yield line
 
     async def close(self) -> None:
-        if self._engine is not None:
-            await self._engine.close()
+        if self._worker is not None:
+            await self._worker.close()
 
-    def _ready(self) -> Engine:
-        assert self._engine is not None, "the gateway sends nothing before `start` came back"
-        return self._engine
+    def _ready(self) -> EngineWorker:
+        assert self._worker is not None, "the gateway sends nothing before `start` came back"
+        return self._worker
+
+
+async def _gone(before: Place) -> None:
+    """Until the process of `before` has ended, and all that it started."""
+    end = time.monotonic() + _LEFTOVERS_S
+    while alive(*before.watchdog):
+        if time.monotonic() >= end:
+            raise ServiceUnavailable(
+                f"what process {before.pid} on {before.node} left behind did not end within {_LEFTOVERS_S:g} s"
+            )
+        await asyncio.sleep(0.05)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,8 @@ class TestEngine(FakeEngine):
     async def openai(self, route: str, body: dict[str, Any]) -> dict[str, Any] | AsyncIterator[str]:
         if route == "die":
             os._exit(9)
+        if route == "child":
+            return {"pid": subprocess.Popen(["sleep", "1000"], start_new_session=True).pid}
         if route == "in_flight":
             return {"in_flight": self.in_flight}
         if route == "endless":

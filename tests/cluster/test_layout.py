@@ -13,17 +13,18 @@ FOUR_GPUS = Inventory(("0", "2", "5", "GPU-aa"), 64)
 def test_the_service_takes_the_last_gpus_and_the_learner_the_first(tmp_path):
     layout = plan_layout(FOUR_GPUS, write_config(tmp_path, data_parallel_size=2), num_learners=2)
     assert (layout.learner_gpus, layout.service_gpus) == (("0", "2"), ("5", "GPU-aa"))
-    assert layout.bundles == [{"GPU": 1.0}, {"GPU": 1.0}]
+    assert (layout.num_engines, layout.bundle) == (2, {"GPU": 1.0})
 
 
 def test_an_engine_of_two_gpus_is_one_bundle(tmp_path):
     layout = plan_layout(FOUR_GPUS, write_config(tmp_path, tensor_parallel_size=2))
-    assert (layout.bundles, layout.learner_gpus) == ([{"GPU": 2.0}], ("0", "2"))
+    assert (layout.num_engines, layout.bundle, layout.learner_gpus) == (1, {"GPU": 2.0}, ("0", "2"))
 
 
 def test_without_gpus_the_engines_take_cpu_slots(tmp_path):
     layout = plan_layout(CPU_ONLY, write_config(tmp_path, data_parallel_size=3), num_learners=2)
-    assert (layout.bundles, layout.service_gpus, layout.learner_gpus) == ([{"CPU": 1.0}] * 3, (), ())
+    assert (layout.num_engines, layout.bundle) == (3, {"CPU": 1.0})
+    assert layout.service_gpus == layout.learner_gpus == ()
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,7 @@ async def test_weights_reach_workers_on_the_gateways_node_and_on_another(workers
 async def test_reserving_more_than_is_free_ends_with_what_is_missing(runtime, tmp_path):
     second = RayRuntime(write_config(tmp_path))
     second.layout = runtime.layout
+    await runtime.reserve(20)
     with pytest.raises(ServiceUnavailable, match=r"2 vLLM engines, 1 CPU each .* 0 of its 2 CPUs are free"):
         await second.reserve(1.0)
 
