@@ -23,12 +23,13 @@ from rlx.config import Config, Plan, load_config, make_plan, parse_overrides
 from rlx.errors import RlxError
 from rlx.learner.checkpoints import find_resume_point, save_final
 from rlx.learner.data import Prompt, PromptSet, load_prompts
+from rlx.learner.evaluation import Evaluation
 from rlx.learner.model import load_model, rollout_dtype, saved_dtype
 from rlx.learner.progress import FailureNotes, ProgressReport
 from rlx.learner.publish import Publisher
 from rlx.learner.ranks import Ranks
-from rlx.learner.report import RunFiles, evaluation_table, print_samples
-from rlx.learner.rollouts import Evaluation, Rollouts
+from rlx.learner.report import RunFiles, evaluation_line, evaluation_table, print_samples
+from rlx.learner.rollouts import Rollouts
 from rlx.learner.stream import RolloutStream, StepBatch
 from rlx.learner.trainer import GRPOTrainer, StepClock, training_arguments
 from rlx.processes import die_with_parent
@@ -134,13 +135,9 @@ class _Recorder:
     def __init__(self, console: Console, files: RunFiles):
         self._console, self._files = console, files
 
-    def evaluation(self, result: Evaluation, prompts: list[Prompt], groups: list[GroupResult]) -> None:
-        self._files.evaluation(result, prompts, groups)
-        rewards = "  ".join(f"{name} {value:.3f}" for name, value in result.rewards.items())
-        self._console.print(
-            f"evaluation after step {result.step}: {rewards}  ({result.num_prompts} held-out prompts, weight version "
-            f"{result.weight_version}, {result.seconds:.1f} s)", **PLAIN,
-        )  # fmt: skip
+    def evaluation(self, result: Evaluation) -> None:
+        self._files.evaluation(result)
+        self._console.print(evaluation_line(result), **PLAIN)
 
 
 def _connect(config: Config, console: Console) -> RolloutClient:

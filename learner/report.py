@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rlx.learner.data import Prompt
-from rlx.learner.rollouts import Evaluation
+from rlx.learner.evaluation import Evaluation
 from rlx.learner.stream import StepBatch
 from rlx.wire import GroupResult, row_json
 
@@ -45,18 +45,8 @@ class RunFiles:
             record = _sample(batch.step + 1, batch.prompts[place // size], group, place % size)
             self._append("samples", {**record, "advantage": advantages[place]})
 
-    def evaluation(self, result: Evaluation, prompts: list[Prompt], groups: list[GroupResult]) -> None:
-        texts = [
-            {
-                "prompt": prompt.prompt,
-                "completion": e.text,
-                "status": e.status,
-                "rewards": {r.name: float(r.values[i]) for r in group.rewards},
-            }
-            for prompt, group in list(zip(prompts, groups, strict=True))[:16]
-            for i, e in enumerate(group.episodes[:1])
-        ]
-        self._append("evals", {**asdict(result), "samples": texts})
+    def evaluation(self, result: Evaluation) -> None:
+        self._append("evals", asdict(result))
 
     def evaluations(self) -> list[dict[str, Any]]:
         """The records of evals.jsonl: this run's, and those of the run that it resumed."""
@@ -156,6 +146,17 @@ def _sample(step: int, prompt: Prompt, group: GroupResult, index: int) -> dict[s
     }
 
 
+def evaluation_line(result: Evaluation) -> str:
+    """Mean rewards and pass@k in one line."""
+    rewards = "  ".join(f"{name} {value:.3f}" for name, value in result.rewards.items())
+    passed = "  ".join(f"pass@{k} {value:.3f}" for k, value in result.pass_at_k.items())
+    without = f", {result.num_unscored} completions without reward" if result.num_unscored else ""
+    return (
+        f"evaluation after step {result.step}: {rewards}  {passed}  ({result.num_prompts} held-out prompts × "
+        f"{result.num_generations}, weight version {result.weight_version}, {result.seconds:.1f} s{without})"
+    )
+
+
 def evaluation_table(evaluations: list[dict[str, Any]]) -> Table:
     """First against last evaluation, of the records of evals.jsonl: a row for each reward function."""
     first, last = evaluations[0], evaluations[-1]
@@ -165,6 +166,8 @@ def evaluation_table(evaluations: list[dict[str, Any]]) -> Table:
     rows = [(name, first["rewards"].get(name), value) for name, value in last["rewards"].items()]
     if len(rows) > 1:
         rows.append(("reward, weighted", first["reward"], last["reward"]))
+    passed = first.get("pass_at_k", {})  # a file of an older version has none
+    rows += [(f"pass@{k}", passed.get(k), value) for k, value in last.get("pass_at_k", {}).items()]
     rows.append(("tokens per completion", first["mean_length"], last["mean_length"]))
     for name, *values in rows:
         before, after = map(_number, values)

@@ -5,38 +5,21 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from rlx.config import Config
 from rlx.errors import ServiceError
-from rlx.learner.advantages import weighted_rewards
 from rlx.learner.data import Prompt
+from rlx.learner.evaluation import Evaluation, evaluation_of
 from rlx.learner.publish import Publisher
-from rlx.learner.stream import requests_of, reward_names, reward_weights_of, rewards_of
+from rlx.learner.stream import requests_of
 from rlx.rollout.client import RolloutClient
 from rlx.wire import GroupResult
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Mean rewards over the held-out prompts at one step: `reward` weighted, `rewards` by function; NaN where no
-    completion had one."""
-
-    step: int
-    weight_version: int
-    num_prompts: int
-    num_generations: int
-    reward: float
-    rewards: dict[str, float]
-    mean_length: float
-    seconds: float
-
-
 class Rollouts:
-    """Brings the groups of each step. `on_evaluation` gets every evaluation with its groups."""
+    """Brings the groups of each step. `on_evaluation` gets every evaluation."""
 
     def __init__(
         self,
@@ -45,7 +28,7 @@ class Rollouts:
         publisher: Publisher,
         model: nn.Module,
         held_out: list[Prompt],
-        on_evaluation: Callable[[Evaluation, list[Prompt], list[GroupResult]], None],
+        on_evaluation: Callable[[Evaluation], None],
     ):
         self._config, self._client, self._publisher, self._model = config, client, publisher, model
         self._held_out, self._on_evaluation = held_out, on_evaluation
@@ -78,23 +61,10 @@ class Rollouts:
         if not self._held_out:
             return {}
         started = time.perf_counter()
-        n = self._config.trl.num_generations_eval
+        version, n = self._publisher.version or 0, self._config.trl.num_generations_eval
         groups = self._client.rollouts(requests_of(self._config, self._held_out, self._run_id, step, "eval", n))
-        rewards_BF = torch.from_numpy(rewards_of(groups))
-        weights_F = reward_weights_of(self._config, rewards_BF.numpy())
-        lengths = [episode.num_sampled for group in groups for episode in group.episodes]
         seconds = time.perf_counter() - started
-        result = Evaluation(
-            step=step,
-            weight_version=self._publisher.version or 0,
-            num_prompts=len(self._held_out),
-            num_generations=n,
-            reward=weighted_rewards(rewards_BF, weights_F).nanmean().item(),
-            rewards=dict(zip(reward_names(groups[0]), rewards_BF.nanmean(dim=0).tolist(), strict=True)),
-            mean_length=sum(lengths) / len(lengths),
-            seconds=seconds,
-        )
-        self._on_evaluation(result, self._held_out, groups)
+        self._on_evaluation(evaluation_of(self._config, self._held_out, groups, step, version, seconds))
         return {"eval_s": seconds}
 
     def _check_version(self, group: GroupResult) -> None:

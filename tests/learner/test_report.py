@@ -4,49 +4,41 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict, replace
 from pathlib import Path
 
-import numpy as np
 from fake_service import lines
 from PIL import Image
 from rich.console import Console
 
-from rlx.episode import Episode, Row
-from rlx.learner.data import Prompt
+from rlx.learner.evaluation import Evaluation
 from rlx.learner.progress import summary
-from rlx.learner.report import RunFiles, evaluation_table
-from rlx.learner.rollouts import Evaluation
-from rlx.wire import GroupResult, RewardOutcome
-
-PROMPTS = [Prompt([{"role": "user", "content": "1 + 1 = “?”"}], np.array([1], np.int32), {})]
-
-
-def group(reward: float) -> GroupResult:
-    episode = Episode((Row(np.array([1], np.int32), np.array([-0.5], np.float32), ((1, 1),)),), "zwei → 2")
-    return GroupResult("k", (episode,), (RewardOutcome("m.r", np.array([reward], np.float32), 0.1),), "w", 0.1, 0.1)
+from rlx.learner.report import RunFiles, evaluation_line, evaluation_table
 
 
 def evaluation(step: int, reward: float, length: float = 5.0) -> Evaluation:
-    return Evaluation(step, step + 1, 1, 1, reward, {"r": reward, "other": math.nan}, length, 0.1)
+    return Evaluation(
+        step, step + 1, 1, 2, reward, {"r": reward, "other": math.nan}, {"1": reward / 2, "2": reward}, 0, length, 0.1,
+        [{"completion": "zwei → “2”", "rewards": {"r": reward}}],
+    )  # fmt: skip
 
 
 def write(files: RunFiles, *steps: int) -> None:
     for step in steps:
         files.metrics(step, {"reward": step / 10})
-        files.evaluation(evaluation(step, step / 10), PROMPTS, [group(step / 10)])
+        files.evaluation(evaluation(step, step / 10))
 
 
 def test_what_is_no_number_is_null_and_text_stays_readable(tmp_path: Path) -> None:
     files = RunFiles(tmp_path, 0)
     files.metrics(1, {"reward": math.nan, "grad_norm": math.inf, "loss": 0.5})
-    files.evaluation(evaluation(0, math.nan), PROMPTS, [group(math.nan)])
+    files.evaluation(evaluation(0, math.nan))
     [metrics], [record] = lines(tmp_path / "metrics.jsonl"), lines(tmp_path / "evals.jsonl")
     assert (metrics["reward"], metrics["grad_norm"], metrics["loss"]) == (None, None, 0.5)
     assert (record["reward"], record["rewards"]) == (None, {"r": None, "other": None})
-    assert record["samples"] == [
-        {"prompt": PROMPTS[0].prompt, "completion": "zwei → 2", "status": "ok", "rewards": {"m.r": None}}
-    ]
-    assert "“?”" in (tmp_path / "evals.jsonl").read_text(encoding="utf-8")
+    assert record["pass_at_k"] == {"1": None, "2": None}
+    assert record["samples"] == [{"completion": "zwei → “2”", "rewards": {"r": None}}]
+    assert "“2”" in (tmp_path / "evals.jsonl").read_text(encoding="utf-8")
 
 
 def test_a_new_run_empties_the_files_and_a_resumed_one_keeps_what_lies_before_it(tmp_path: Path) -> None:
@@ -79,9 +71,9 @@ def test_a_line_that_a_crash_cut_off_is_dropped(tmp_path: Path) -> None:
 
 def test_the_table_compares_the_first_evaluation_with_the_last_also_of_a_resumed_run(tmp_path: Path) -> None:
     first = RunFiles(tmp_path, 0)
-    first.evaluation(evaluation(0, 0.25), PROMPTS, [group(0.25)])
+    first.evaluation(evaluation(0, 0.25))
     resumed = RunFiles(tmp_path, 5)
-    resumed.evaluation(evaluation(9, 0.75, length=4.0), PROMPTS, [group(0.75)])
+    resumed.evaluation(evaluation(9, 0.75, length=4.0))
     console = Console(width=120, record=True, quiet=False, file=(tmp_path / "table").open("w"))
     console.print(evaluation_table(resumed.evaluations()))
     rows = [
@@ -91,8 +83,24 @@ def test_the_table_compares_the_first_evaluation_with_the_last_also_of_a_resumed
         ["r", "0.250", "0.750", "+0.500"],
         ["other", "nan", "nan", "+nan"],
         ["reward, weighted", "0.250", "0.750", "+0.500"],
+        ["pass@1", "0.125", "0.375", "+0.250"],
+        ["pass@2", "0.250", "0.750", "+0.500"],
         ["tokens per completion", "5.000", "4.000", "-1.000"],
     ]
+
+
+def test_the_line_of_an_evaluation_has_pass_at_k_and_tells_what_had_no_reward() -> None:
+    line = "evaluation after step 3: r 0.500  other nan  pass@1 0.250  pass@2 0.500  (1 held-out prompts × 2, weight version 4, 0.1 s"
+    assert evaluation_line(evaluation(3, 0.5)) == line + ")"
+    assert evaluation_line(replace(evaluation(3, 0.5), num_unscored=2)) == line + ", 2 completions without reward)"
+
+
+def test_the_table_of_a_run_that_an_older_version_began_has_no_pass_at_k_before() -> None:
+    first, last = asdict(evaluation(0, 0.5)), asdict(evaluation(1, 0.5))
+    del first["pass_at_k"]
+    table = evaluation_table([first, last])
+    assert list(table.columns[1].cells)[3:5] == ["nan", "nan"]
+    assert list(table.columns[2].cells)[3:5] == ["0.250", "0.500"]
 
 
 def test_the_curve_is_an_image_with_gaps_where_there_was_no_reward(tmp_path: Path) -> None:
