@@ -23,7 +23,6 @@ from rlx.rollout.engine_worker import EngineWorker
 from rlx.rollout.worker import WorkerStatus
 from rlx.wire import Completion, Sampling, WeightManifest
 
-
 _LEFTOVERS_S = 15.0
 
 

@@ -161,12 +161,16 @@ class TestEngine(FakeEngine):
         if route == "die":
             os._exit(9)
         if route == "child":
-            return {"pid": subprocess.Popen(["sleep", "1000"], start_new_session=True).pid}
+            return {"pid": _sleeper()}
         if route == "in_flight":
             return {"in_flight": self.in_flight}
         if route == "endless":
             return _endless()
         return await super().openai(route, body)
+
+
+def _sleeper() -> int:
+    return subprocess.Popen(["sleep", "1000"], start_new_session=True).pid
 
 
 async def _endless() -> AsyncIterator[str]:

@@ -64,7 +64,7 @@ async def test_a_worker_whose_node_died_says_what_it_waits_for_and_goes_on_when_
             await asyncio.wait_for(worker.generate("a", PROMPT, 1, Sampling(max_tokens=10**6)), NODE_DEATH_S)
         restart = asyncio.create_task(worker.start())
         async with asyncio.timeout(NODE_DEATH_S):
-            while worker.phase != "waiting for 1 CPU on one node of the Ray cluster, where 0 of 2 are free":
+            while worker.phase != "waiting for 1 CPU on one node of the Ray cluster, where 0 of 2 are free":  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
         node = cluster.add_node(num_cpus=1, object_store_memory=100 * 2**20)
         await restart
