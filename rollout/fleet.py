@@ -1,75 +1,127 @@
-"""The workers as the service sees them: who is ready, who is busy, and a probe that asks the silent ones for a token.
+"""The workers as the service sees them: a state machine without I/O. Who is ready, who is busy, who comes back.
 
-    start ──► ready ◄──► down        a probe that fails, or a worker that says it died; a later probe may bring it back
-                └──► quarantined     it did not take weights that it had said it could take; gets no more work
+    loading ──► catching_up ──► verifying ──► ready ──► down (died) | quarantined (did not take weights)
+                     ▲                                     │
+                     └──────────── restarting ◄────────────┘        down | quarantined ──► gone: not restarted any more
+    draining: takes no new work and leaves
 
-A worker gets work only when it is ready and holds the fleet's weight version; the next update catches up the others.
+`TRANSITIONS` is the whole of it. `supervisor.py` moves members along it, `weight_updates.py` swaps their weights,
+the router gives them work. Work goes only to a member that is ready and has the fleet's weights.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-
-import numpy as np
+from typing import Literal
 
 from rlx.config.sections import ServiceSection
-from rlx.errors import DeadlineExceeded, RlxError, ServiceUnavailable
-from rlx.rollout.deadline import deadline
-from rlx.rollout.worker import Worker, WorkerStatus
-from rlx.wire import Sampling
+from rlx.errors import ServiceUnavailable
+from rlx.rollout.worker import EngineLoad, Worker, WorkerStatus
 
-_PROBE_PROMPT = np.zeros(1, dtype=np.int32)
-_PROBE_SAMPLING = Sampling(max_tokens=1)
+State = Literal[
+    "loading", "restarting", "catching_up", "verifying", "ready", "down", "quarantined", "draining", "gone"
+]  # fmt: skip
+Event = Literal[
+    "loaded", "caught_up", "verified", "behind", "swapped", "failed", "refused", "restart", "give_up", "retire"
+]
+
+TRANSITIONS: dict[tuple[State, Event], State] = {
+    ("loading", "loaded"): "catching_up",
+    ("restarting", "loaded"): "catching_up",
+    ("catching_up", "caught_up"): "verifying",
+    ("verifying", "verified"): "ready",
+    ("verifying", "behind"): "catching_up",
+    ("ready", "behind"): "catching_up",
+    ("ready", "swapped"): "verifying",
+    ("quarantined", "swapped"): "verifying",
+    **{(state, "failed"): "down" for state in ("loading", "restarting", "catching_up", "verifying", "ready")},
+    **{(state, "refused"): "quarantined" for state in ("catching_up", "verifying", "ready", "quarantined")},
+    **{(state, "restart"): "restarting" for state in ("down", "quarantined")},
+    **{(state, "give_up"): "gone" for state in ("down", "quarantined")},
+    **{(state, "retire"): "draining" for state in (
+        "loading", "restarting", "catching_up", "verifying", "ready", "down", "quarantined", "gone")},
+}  # fmt: skip
+"""(state, event) → next state; what is not here cannot happen. loaded: its engine is up. behind: the fleet has
+newer weights. swapped: it took weights that are to be verified before they serve. failed: it died or did
+not answer. refused: it did not take weights, or has other log-probabilities than the learner."""
 
 
 @dataclass
 class Member:
-    """One worker and what is known of it. `in_flight` counts completions; `token_at` is on the monotonic clock."""
+    """One worker and what is known of it. `in_flight` counts completions, `tokens_in_flight` their tokens.
+
+    `incarnation` counts its processes: what is heard of an earlier one says nothing about this one. `kept`: the
+    process is sound, only its weights are refused; it is not restarted, the next update is its next chance.
+    `cause` is why it left the ready ones, `last_cause` what went wrong since. `token_at` is on the monotonic clock.
+    `changed` is set when something happened that its supervisor should look at.
+    """
 
     worker: Worker
-    state: str = "loading"
+    state: State = "loading"
     cause: str = ""
+    last_cause: str = ""
     in_flight: int = 0
+    tokens_in_flight: int = 0
     weight_version: int = 0
+    load: EngineLoad = field(default_factory=EngineLoad)
+    restarts: int = 0
+    incarnation: int = 0
+    kept: bool = False
     token_at: float = field(default_factory=time.monotonic)
     node: str = ""
     pid: int = 0
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def name(self) -> str:
         return self.worker.name
 
-    def observe(self, status: WorkerStatus) -> None:
-        self.node, self.pid = status.node, status.pid
-        self.token_at = time.monotonic() - status.token_age_s
+    @property
+    def may_return(self) -> bool:
+        """Whether it can be ready again without anybody's help."""
+        return self.state not in ("draining", "gone") and not self.kept
 
     def token_age_s(self) -> float:
         return time.monotonic() - self.token_at
 
+    def observe(self, status: WorkerStatus) -> None:
+        """Note what the worker says of itself. More tokens than the one that a probe asks for are a success."""
+        if status.load.generated_tokens > self.load.generated_tokens + 1:
+            self.restarts = 0
+        self.node, self.pid, self.load = status.node, status.pid, status.load
+        self.token_at = time.monotonic() - status.token_age_s
+
 
 class Fleet:
+    """`on_event` gets one line when a member goes, comes back or is given up."""
+
     def __init__(self, workers: list[Worker], settings: ServiceSection):
         self.members = [Member(worker) for worker in workers]
         self.weight_version = 0
+        self.on_event: Callable[[str], None] = lambda line: None
+        self.updating = False
+        self.updates = 0
         self._settings = settings
-        self._updating = False
-        self._updates = 0
+        self._previous: int | None = None
+        self._change = asyncio.Event()
 
-    async def start_member(self, member: Member) -> None:
-        await member.worker.start()
-        status = await member.worker.status()
-        member.observe(status)
-        member.weight_version = status.weight_version
-        self.weight_version = max(self.weight_version, status.weight_version)
-        member.state = "ready"
+    # --- who may work ---------------------------------------------------------------------------------------------
 
     def ready(self) -> list[Member]:
         """Those that may get work."""
-        return [m for m in self.members if m.state == "ready" and m.weight_version == self.weight_version]
+        served = (self.weight_version, self._previous)
+        return [m for m in self.members if m.state == "ready" and m.weight_version in served]
+
+    async def wait_ready(self) -> None:
+        """Until somebody may get work; the caller bounds it. ServiceUnavailable once nobody can come back."""
+        while not self.ready():
+            if not any(m.may_return for m in self.members):
+                raise ServiceUnavailable(f"no rollout worker is ready, and none comes back: {self.describe()}")
+            await self._change.wait()
 
     def named(self, name: str) -> Member:
         for member in self.ready():
@@ -78,40 +130,110 @@ class Fleet:
         raise ServiceUnavailable(f"no worker {name!r} is ready: {self.describe()}")
 
     @contextmanager
+    def charging(self, member: Member, completions: int, tokens: int = 0) -> Iterator[None]:
+        """`member` is charged with them while the body runs."""
+        member.in_flight += completions
+        member.tokens_in_flight += tokens
+        try:
+            with self.marking(member):
+                yield
+        finally:
+            member.in_flight -= completions
+            member.tokens_in_flight -= tokens
+            if member.state == "draining":
+                member.changed.set()
+
+    @contextmanager
+    def marking(self, member: Member) -> Iterator[None]:
+        """A worker that says it is gone is down from then on; one that answers has survived its restarts."""
+        incarnation = member.incarnation
+        try:
+            yield
+        except ServiceUnavailable as error:
+            if member.incarnation == incarnation:
+                self.mark_down(member, str(error))
+            raise
+        if member.incarnation == incarnation:
+            member.restarts = 0
+
+    @contextmanager
     def assign(self, completions: int) -> Iterator[Member]:
         """The ready worker with the least in flight, charged with `completions` while the body runs."""
         ready = self.ready()
         if not ready:
             raise ServiceUnavailable(f"no rollout worker is ready: {self.describe()}")
         member = min(ready, key=lambda m: m.in_flight)
-        member.in_flight += completions
-        try:
-            with self.marking(member):
-                yield member
-        finally:
-            member.in_flight -= completions
+        with self.charging(member, completions):
+            yield member
 
-    @contextmanager
-    def marking(self, member: Member) -> Iterator[None]:
-        """A worker that says it is gone is down from then on."""
-        try:
-            yield
-        except ServiceUnavailable as error:
-            self.mark_down(member, str(error))
-            raise
+    # --- state ----------------------------------------------------------------------------------------------------
+
+    def move(self, member: Member, event: Event) -> None:
+        """KeyError when `TRANSITIONS` does not know it."""
+        member.state = TRANSITIONS[member.state, event]
+        if member.state == "ready":
+            member.cause, member.kept = "", False
+        elif member.state == "restarting":
+            member.incarnation, member.restarts = member.incarnation + 1, member.restarts + 1
+        self._notify(member)
+
+    def fail(self, member: Member, cause: str, event: Event = "failed", kept: bool = False) -> None:
+        """For those that move members: it died or did not answer (failed) or did not take weights (refused).
+        The first cause stays until it is ready again."""
+        self.move(member, event)
+        member.kept = kept
+        member.cause, member.last_cause = member.cause or cause, cause
+        self.on_event(f"{member.name}: {member.state}: {cause}")
 
     def mark_down(self, member: Member, cause: str, quarantine: bool = False) -> None:
-        if member.state != "quarantined":
-            member.state, member.cause = "quarantined" if quarantine else "down", cause
+        """For those that use members. Of one that does not work nothing new is learned this way."""
+        if member.state == "ready":
+            self.fail(member, cause, "refused" if quarantine else "failed")
+
+    def add(self, worker: Worker) -> Member:
+        if worker.name in [m.name for m in self.members]:
+            raise ValueError(f"there is a worker {worker.name!r} already")
+        self.members.append(member := Member(worker))
+        self._notify()
+        return member
+
+    def drop(self, name: str) -> None:
+        """Forget it, whatever its state."""
+        self.members = [m for m in self.members if m.name != name]
+        self._notify()
+
+    # --- weights --------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def updating(self) -> Iterator[None]:
-        """While the body swaps weights, generation pauses; a probe that met this does not count."""
-        self._updating, self._updates = True, self._updates + 1
+    def moving_to(self, version: int) -> Iterator[None]:
+        """The fleet's weights are `version` from here on. Those with the version before may work until `settled`, or
+        until the body ends. A probe that met this does not count: generation pauses."""
+        self._previous, self.weight_version = self.weight_version, version
+        self.updating, self.updates = True, self.updates + 1
+        self._notify()
         try:
             yield
         finally:
-            self._updating = False
+            self.updating = False
+            self.settled()
+            for member in self.members:
+                if self.is_behind(member):
+                    member.changed.set()
+
+    def settled(self) -> None:
+        """Only the newest weights serve."""
+        self._previous = None
+        self._notify()
+
+    def took(self, member: Member, version: int) -> None:
+        member.weight_version = version
+        self._notify(member)
+
+    def is_behind(self, member: Member) -> bool:
+        """Ready, but nobody is about to give it the fleet's weights."""
+        return member.state == "ready" and member.weight_version != self.weight_version and not self.updating
+
+    # --- for people -----------------------------------------------------------------------------------------------
 
     def silent(self) -> list[Member]:
         """Ready, but without a token for longer than `service.probe_timeout`."""
@@ -119,8 +241,8 @@ class Fleet:
 
     def statuses(self) -> list[WorkerStatus]:
         return [
-            WorkerStatus(m.name, "down" if m.state == "quarantined" else m.state, m.weight_version,
-                         round(m.token_age_s(), 3), m.in_flight, m.node, m.pid, m.cause)
+            WorkerStatus(m.name, m.state, m.weight_version, round(m.token_age_s(), 3), m.in_flight, m.node, m.pid,
+                         m.cause, m.load)
             for m in self.members
         ]  # fmt: skip
 
@@ -129,37 +251,10 @@ class Fleet:
             f"{m.name} is {m.state}{f' ({m.cause})' if m.cause else ''}"
             + (f" with weights {m.weight_version}" if m.weight_version != self.weight_version else "")
             for m in self.members
-        )
+        ) or "there is no worker"  # fmt: skip
 
-    async def probe(self, member: Member) -> None:
-        """Consumes the worker's status and, when it was silent, a token of it. Runs until it is cancelled; waits
-        `service.probe_interval` between two looks, and `service.probe_timeout` at most for an answer."""
-        interval = self._settings.probe_interval
-        while member.state != "quarantined":
-            await asyncio.sleep(interval / 2 if member.state == "ready" else interval)
-            if self._updating:
-                continue
-            updates = self._updates
-            try:
-                await self._look(member)
-            except RlxError as error:
-                if updates == self._updates or not isinstance(error, DeadlineExceeded):
-                    self.mark_down(member, str(error))
-            else:
-                if member.state == "down":
-                    member.state, member.cause = "ready", ""
-
-    async def _look(self, member: Member) -> None:
-        timeout = self._settings.probe_timeout
-        async with deadline(timeout, lambda: f"worker {member.name} generated no token within {timeout:g} s"):
-            status = await member.worker.status()
-            if status.state != "ready":
-                raise ServiceUnavailable(status.cause or f"worker {member.name} is {status.state}")
-            member.observe(status)
-            if status.token_age_s >= self._settings.probe_interval or member.state != "ready":
-                await member.worker.generate(
-                    f"probe-{member.name}-{time.monotonic_ns()}", _PROBE_PROMPT, 1, _PROBE_SAMPLING
-                )
-                member.token_at = time.monotonic()
-            if member.state != "ready":
-                member.weight_version = (await member.worker.status()).weight_version
+    def _notify(self, member: Member | None = None) -> None:
+        change, self._change = self._change, asyncio.Event()
+        change.set()
+        if member is not None:
+            member.changed.set()

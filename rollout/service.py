@@ -27,6 +27,7 @@ from rlx.errors import RlxError, ServiceUnavailable
 from rlx.rollout.deadline import deadline
 from rlx.rollout.fleet import Fleet, Member
 from rlx.rollout.groups import GroupStore
+from rlx.rollout.supervisor import Supervisor
 from rlx.rollout.weight_updates import WeightUpdates
 from rlx.rollout.weights_store import remove_leftovers
 from rlx.rollout.worker import Episodes, Scorer, Worker
@@ -64,18 +65,18 @@ class RolloutService:
         self.model = model
         self.fleet = Fleet(workers, settings)
         self.weights = WeightUpdates(self.fleet, settings)
+        self.supervisor = Supervisor(self.fleet, self.weights, settings, start_timeout_s)
         self._scorer, self._episodes, self._settings = scorer, episodes, settings
         self._groups = GroupStore(KEPT_GROUPS, KEPT_BYTES)
         self._state, self._cause = "loading", ""
         self._born, self._start_timeout_s = time.monotonic(), start_timeout_s
         self._parts: dict[str, Callable[[], Awaitable[None]]] = {
-            m.name: partial(self.fleet.start_member, m) for m in self.fleet.members
+            m.name: partial(self.supervisor.bring_up, m) for m in self.fleet.members
         }
         self._parts[_REWARDS] = scorer.start
         if episodes.own_reward:  # plain replies have nothing to start
             self._parts[_EPISODES] = episodes.start
         self._up: set[str] = set()
-        self._probes: list[asyncio.Task[None]] = []
 
     # --- life -----------------------------------------------------------------------------------------------------
 
@@ -101,7 +102,7 @@ class RolloutService:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-        self._probes = [asyncio.create_task(self.fleet.probe(m)) for m in self.fleet.members]
+        self.supervisor.start()
         self._state = "serving"
 
     async def drain(self, timeout_s: float) -> None:
@@ -110,11 +111,12 @@ class RolloutService:
             self._state = "stopping"
         if running := self._groups.running():
             await asyncio.wait(running, timeout=timeout_s)
-        leftovers = [*self._groups.running(), *self._probes]
+        leftovers = self._groups.running()
         for task in leftovers:
             task.cancel()
         await asyncio.gather(*leftovers, return_exceptions=True)
-        self.weights.discard()
+        await self.supervisor.close()
+        self.weights.close()
         closes = [(m.name, m.worker.close()) for m in self.fleet.members]
         closes += [(_EPISODES, self._episodes.close()), (_REWARDS, self._scorer.close())]
         await asyncio.gather(*(self._close_part(name, close) for name, close in closes))

@@ -1,46 +1,60 @@
-"""Two-phase weight updates.
+"""Two-phase weight updates, and the same for one worker that has to catch up.
 
-    announce (every worker checks the manifest) → receive (bytes to one file) → commit (every worker swaps at once)
+    announce (every worker checks the manifest) → receive (bytes to one file) → commit (every worker swaps)
 
 Between announce and commit the workers go on with the old weights, and a new announce replaces an update that was not
-committed: a learner that crashed in between blocks nobody.
+committed: a learner that crashed in between blocks nobody. A worker that fails, is late or reports other bytes is
+quarantined, and the supervisor takes over; the commit goes on without it. The file of the last committed update is
+kept: the supervisor's workers catch up from it, and it is the base of the next difference.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Sequence
-from dataclasses import asdict, dataclass
-from typing import TypeVar
+from collections.abc import AsyncIterator, Awaitable
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
-from rlx.config.sections import ServiceSection
-from rlx.errors import ServiceUnavailable, WeightSyncError
-from rlx.rollout.deadline import deadline
+from rlx.config.sections import AsyncSection, ServiceSection
+from rlx.errors import (
+    DeadlineExceeded,
+    ParityError,
+    RlxError,
+    ServiceUnavailable,
+    WeightBaseMismatch,
+    WeightSyncError,
+)
+from rlx.rollout import parity
+from rlx.rollout.deadline import answer_of, deadline
 from rlx.rollout.fleet import Fleet, Member
 from rlx.rollout.weights_store import WeightFile
 from rlx.wire import WeightManifest
 
-T = TypeVar("T")
-
 
 @dataclass(frozen=True)
 class UpdateTimes:
-    """Seconds: `transfer_s` from the first to the last byte, `commit_s` until the last worker had swapped."""
+    """`nbytes` came in `transfer_s` seconds; `commit_s` until the last worker had swapped or was given up, `pause_s`
+    the longest that one of them did not generate. `workers`: the version of each; `behind`: name and cause of those
+    that are to catch up."""
 
     version: int
     nbytes: int
     transfer_s: float
     commit_s: float
+    pause_s: float = 0.0
+    workers: dict[str, int] = field(default_factory=dict)
+    behind: list[dict[str, str]] = field(default_factory=list)
 
-    def to_json(self) -> dict[str, float | int]:
+    def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
 @dataclass
 class _Pending:
     file: WeightFile
-    members: list[Member]
+    accepted: list[tuple[Member, int]]
+    """Who said that it can take them, in which incarnation."""
     receiving: bool = False
     transfer_s: float | None = None
 
@@ -50,33 +64,35 @@ class _Pending:
 
 
 class WeightUpdates:
-    def __init__(self, fleet: Fleet, settings: ServiceSection):
+    def __init__(self, fleet: Fleet, settings: ServiceSection, async_settings: AsyncSection | None = None):
+        async_settings = async_settings or AsyncSection()
         self._fleet = fleet
         self._timeout = settings.publish_timeout
+        self._rolling = async_settings.publish == "rolling"
+        self._threshold = async_settings.parity_threshold
         self._turn = asyncio.Lock()
         self._pending: _Pending | None = None
+        self._current: WeightFile | None = None
         self._last: UpdateTimes | None = None
 
+    # --- the learner's calls --------------------------------------------------------------------------------------
+
     async def announce(self, manifest: WeightManifest) -> None:
-        """Every ready worker says that it can take these weights; nothing that generates changes."""
+        """Ask every worker whether it can take these weights; nothing that generates changes. Those that cannot are
+        quarantined, unless none can: then it is the weights, WeightSyncError, and nothing changes."""
         async with self._turn:
-            current = self._fleet.weight_version
-            if manifest.version <= current:
-                raise WeightSyncError(
-                    f"weights {manifest.version} are not newer than the {current} that the workers have; "
-                    f"publish them as {current + 1} or more"
-                )
+            self._check_new(manifest)
             self.discard()
-            members = self._members()
-            outcomes = await asyncio.gather(
-                *(self._within(m, m.worker.announce(manifest)) for m in members), return_exceptions=True
-            )
-            if failed := _failures(members, outcomes):
-                for member, error in failed:
-                    if isinstance(error, ServiceUnavailable):
-                        self._fleet.mark_down(member, str(error))
-                raise WeightSyncError(f"weights {manifest.version} were refused: {_listed(failed)}")
-            self._pending = _Pending(WeightFile(manifest), members)
+            members = await self._takers()
+            asked = [(m, m.incarnation) for m in members]
+            outcomes = await asyncio.gather(*(self._outcome(m, m.worker.announce(manifest)) for m in members))
+            failed = [(m, error) for m, error in zip(members, outcomes, strict=True) if error is not None]
+            if len(failed) == len(members):
+                self._nobody_accepts(manifest, failed)
+            for member, error in failed:
+                self._lose(member, f"cannot take weights {manifest.version}: {error}", error)
+            lost = {m.name for m, _ in failed}
+            self._pending = _Pending(WeightFile(manifest), [(m, i) for m, i in asked if m.name not in lost])
 
     async def receive(self, version: int, chunks: AsyncIterator[bytes]) -> float:
         """Write the announced bytes down and compare their fingerprint; returns the seconds it took."""
@@ -85,13 +101,16 @@ class WeightUpdates:
             raise WeightSyncError(f"the bytes of weights {version} came already, or are coming")
         pending.receiving = True
         start = time.monotonic()
+        base = self._current if pending.manifest.base_fingerprint is not None else None
         try:
             async with deadline(
                 self._timeout, lambda: f"the learner did not send weights {version} within {self._timeout:g} s"
             ):
-                await pending.file.fill(chunks)
-        except BaseException:
+                await pending.file.fill(chunks, base)
+        except BaseException as error:  # whatever ends it, also a cancellation, leaves no file behind
             self._drop(pending)
+            if isinstance(error, OSError) and not isinstance(error, RlxError):
+                raise WeightSyncError(f"weights {version} could not be written down: {error}") from error
             raise
         if self._pending is not pending:
             pending.file.remove()
@@ -100,82 +119,209 @@ class WeightUpdates:
         return pending.transfer_s
 
     async def commit(self, version: int) -> UpdateTimes:
-        """Every worker swaps. One that fails is quarantined and named; the others serve the new version.
-        Asked again for the version that the workers have, it answers as the first time."""
+        """Every worker swaps; returns once one serves the new version and each of the others does or is quarantined.
+        Asked again for the last committed version, it answers as the first time."""
         async with self._turn:
-            if self._last is not None and self._last.version == version:
-                return self._last
-            pending = self._announced(version)
-            if pending.transfer_s is None:
-                raise WeightSyncError(f"the bytes of weights {version} have not come yet; send them before the commit")
-            start = time.monotonic()
-            try:
-                with self._fleet.updating():
-                    failed = await self._swap(pending)
-            finally:
-                self._drop(pending)
-            if failed:
-                raise WeightSyncError(f"weights {version} were not taken: {_listed(failed)}")
-            self._last = UpdateTimes(version, pending.manifest.nbytes, pending.transfer_s, time.monotonic() - start)
-            return self._last
+            if self._last is None or self._last.version != version:
+                pending = self._announced(version)
+                if pending.transfer_s is None:
+                    raise WeightSyncError(
+                        f"the bytes of weights {version} have not come yet; send them before the commit"
+                    )
+                await self._swap(pending, pending.transfer_s)
+            return await self._served(version)
 
     def discard(self) -> None:
         """Forget an update that was not committed."""
         if self._pending is not None:
             self._drop(self._pending)
 
-    async def _swap(self, pending: _Pending) -> list[tuple[Member, BaseException]]:
-        manifest, members = pending.manifest, pending.members
-        outcomes = await asyncio.gather(*(self._commit_one(m, pending) for m in members), return_exceptions=True)
-        failed = _failures(members, outcomes)
-        for member, error in failed:
-            self._fleet.mark_down(member, f"did not take weights {manifest.version}: {error}", quarantine=True)
-        if len(failed) < len(members):
-            self._fleet.weight_version = manifest.version
-        lost = {member.name for member, _ in failed}
-        for member in members:
-            if member.name not in lost:
-                member.weight_version = manifest.version
-        return failed
+    def close(self) -> None:
+        """Forget every update; nothing stays in memory."""
+        self.discard()
+        if self._current is not None:
+            self._current.remove()
+            self._current = None
 
-    async def _commit_one(self, member: Member, pending: _Pending) -> None:
-        if member.state != "ready":
-            raise ServiceUnavailable(f"it went down after the announcement: {member.cause}")
-        manifest = pending.manifest
-        loaded = await self._within(member, member.worker.commit(manifest, str(pending.file.path)))
+    # --- for a worker that has to catch up ------------------------------------------------------------------------
+
+    async def restore(self, member: Member) -> float | None:
+        """From catching_up to ready: the last committed weights, and the probe that came with them. Begins anew when
+        newer weights were committed meanwhile. Returns how far its log-probabilities were off, None without a probe.
+
+        Its errors are the worker's: they say that it did not answer, took other bytes, or has other log-probs.
+        """
+        found = None
+        while True:
+            file = self._current
+            if file is not None:
+                with file.held() as path:
+                    await answer_of(member.name, self._timeout, member.worker.announce(file.manifest))
+                    await self._load(member, file.manifest, str(path))
+            elif member.weight_version != self._fleet.weight_version:
+                raise WeightSyncError(f"it has weights {member.weight_version}, which nobody published here")
+            self._fleet.move(member, "caught_up")
+            if file is not None:
+                found = await self._verify(member, file.manifest)
+            if self._current is file:
+                self._fleet.move(member, "verified")
+                return found
+            self._fleet.move(member, "behind")
+
+    # --- inside ---------------------------------------------------------------------------------------------------
+
+    def _check_new(self, manifest: WeightManifest) -> None:
+        current = self._fleet.weight_version
+        if manifest.version <= current:
+            raise WeightSyncError(
+                f"weights {manifest.version} are not newer than the {current} that the workers have; "
+                f"publish them as {current + 1} or more"
+            )
+        base = self._current.manifest.fingerprint if self._current is not None else None
+        if manifest.base_fingerprint not in (None, base):
+            raise WeightBaseMismatch(
+                f"weights {manifest.version} are a difference to the update with the fingerprint "
+                f"{manifest.base_fingerprint}, the service holds {base or 'none'}; send them whole"
+            )
+
+    async def _takers(self) -> list[Member]:
+        """Those with a running engine; waits for one, within `service.publish_timeout`."""
+        if not (members := self._running()):
+            try:
+                async with deadline(
+                    self._timeout, lambda: f"no worker was ready for weights: {self._fleet.describe()}"
+                ):
+                    await self._fleet.wait_ready()
+            except DeadlineExceeded as error:
+                raise ServiceUnavailable(str(error)) from None
+            members = self._running()
+        return members
+
+    def _running(self) -> list[Member]:
+        return [m for m in self._fleet.members if _runs(m)]
+
+    def _nobody_accepts(self, manifest: WeightManifest, failed: list[tuple[Member, RlxError]]) -> None:
+        reasons = "; ".join(f"{member.name}: {error}" for member, error in failed)
+        if any(isinstance(error, WeightSyncError) for _, error in failed):
+            raise WeightSyncError(f"weights {manifest.version} were refused: {reasons}")
+        for member, error in failed:
+            self._lose(member, str(error), error)
+        raise ServiceUnavailable(f"no rollout worker is ready for weights {manifest.version}: {reasons}")
+
+    async def _swap(self, pending: _Pending, transfer_s: float) -> None:
+        """Nothing is awaited before the fleet has the new version and the file is the one to catch up from."""
+        manifest, members = pending.manifest, self._running()
+        start = time.monotonic()
+        with self._fleet.moving_to(manifest.version):
+            self._keep(pending)
+            if self._rolling and not manifest.gate:
+                pauses = [await self._take(member, pending) for member in members]
+            else:
+                pauses = await asyncio.gather(*(self._take(member, pending) for member in members))
+        self._last = UpdateTimes(
+            manifest.version, manifest.travels, transfer_s, time.monotonic() - start, max(pauses, default=0.0)
+        )
+
+    async def _take(self, member: Member, pending: _Pending) -> float:
+        """One worker swaps; returns the seconds of that. What goes wrong is noted on the member."""
+        manifest, incarnation, start = pending.manifest, member.incarnation, time.monotonic()
+        if not _runs(member) or member.weight_version == manifest.version:
+            return 0.0  # the supervisor has it, or had it meanwhile
+        try:
+            if (member, incarnation) not in pending.accepted:
+                await answer_of(member.name, self._timeout, member.worker.announce(manifest))
+            start = time.monotonic()
+            await self._load(member, manifest, str(pending.file.path))
+        except RlxError as error:
+            if member.incarnation == incarnation:
+                self._lose(member, f"did not take weights {manifest.version}: {error}")
+            return time.monotonic() - start
+        pause_s = time.monotonic() - start
+        if member.incarnation == incarnation and _runs(member):
+            if manifest.gate or member.kept:
+                await self._admit(member, manifest)
+            if not self._rolling:
+                self._fleet.settled()
+        return pause_s
+
+    async def _load(self, member: Member, manifest: WeightManifest, path: str) -> None:
+        incarnation = member.incarnation
+        loaded = await answer_of(member.name, self._timeout, member.worker.commit(manifest, path))
         if loaded != manifest.fingerprint:
             raise WeightSyncError(f"it loaded bytes with the fingerprint {loaded}, {manifest.fingerprint} was sent")
+        if member.incarnation == incarnation:
+            self._fleet.took(member, manifest.version)
 
-    def _members(self) -> list[Member]:
-        if members := [m for m in self._fleet.members if m.state == "ready"]:
-            return members
-        raise ServiceUnavailable(f"no rollout worker is ready for weights: {self._fleet.describe()}")
+    async def _admit(self, member: Member, manifest: WeightManifest) -> None:
+        """The gate: verified before it serves."""
+        self._fleet.move(member, "swapped")
+        error = None
+        try:
+            await self._verify(member, manifest)
+        except RlxError as caught:
+            error = caught
+        if member.state == "verifying":
+            if error is None:
+                self._fleet.move(member, "verified")
+            elif isinstance(error, ParityError):
+                self._fleet.fail(member, str(error), "refused", kept=True)
+            else:
+                self._fleet.fail(member, str(error))
+
+    async def _verify(self, member: Member, manifest: WeightManifest) -> float | None:
+        if manifest.probe is None:
+            return None
+        return await parity.verify(member.worker, manifest.version, manifest.probe, self._threshold, self._timeout)
+
+    async def _served(self, version: int) -> UpdateTimes:
+        """The outcome, once somebody serves `version`. When nobody does the supervisor has `service.publish_timeout`
+        to bring one back; a failed gate is an error at once."""
+        assert self._last is not None
+        if far := [m for m in self._fleet.members if m.kept]:
+            raise ParityError("; ".join(m.cause for m in far))
+        try:
+            async with deadline(self._timeout, lambda: f"none came back within {self._timeout:g} s"):
+                await self._fleet.wait_ready()
+        except (DeadlineExceeded, ServiceUnavailable) as error:
+            causes = "; ".join(f"{m.name} is {m.state}: {m.cause}" for m in self._fleet.members)
+            raise WeightSyncError(f"weights {version} were not taken: {causes}; {error}") from error
+        members = [m for m in self._fleet.members if m.state not in ("gone", "draining")]
+        behind = [m for m in members if m.state != "ready" or m.weight_version != version]
+        return replace(
+            self._last,
+            workers={m.name: m.weight_version for m in members},
+            behind=[{"name": m.name, "cause": m.cause or m.state} for m in behind],
+        )
+
+    def _lose(self, member: Member, cause: str, error: RlxError | None = None) -> None:
+        """It gets no more work: quarantined, or down when it says itself that it is gone."""
+        if _runs(member):
+            down = isinstance(error, ServiceUnavailable) and member.state == "ready"
+            self._fleet.fail(member, cause, "failed" if down else "refused")
+
+    async def _outcome(self, member: Member, answer: Awaitable[None]) -> RlxError | None:
+        try:
+            await answer_of(member.name, self._timeout, answer)
+        except RlxError as error:
+            return error
+        return None
 
     def _announced(self, version: int) -> _Pending:
         if self._pending is None or self._pending.manifest.version != version:
             raise WeightSyncError(f"weights {version} were not announced, or another announcement replaced them")
         return self._pending
 
+    def _keep(self, pending: _Pending) -> None:
+        if self._current is not None:
+            self._current.remove()
+        self._current, self._pending = pending.file, None
+
     def _drop(self, pending: _Pending) -> None:
         pending.file.remove()
         if self._pending is pending:
             self._pending = None
 
-    async def _within(self, member: Member, answer: Awaitable[T]) -> T:
-        async with deadline(self._timeout, lambda: f"worker {member.name} did not answer within {self._timeout:g} s"):
-            return await answer
 
-
-def _failures(members: list[Member], outcomes: Sequence[object]) -> list[tuple[Member, BaseException]]:
-    """Those whose outcome is an error. Being cancelled is not one: it goes on up."""
-    failed = []
-    for member, outcome in zip(members, outcomes, strict=True):
-        if isinstance(outcome, asyncio.CancelledError):
-            raise outcome
-        if isinstance(outcome, BaseException):
-            failed.append((member, outcome))
-    return failed
-
-
-def _listed(failed: list[tuple[Member, BaseException]]) -> str:
-    return "; ".join(f"{member.name}: {error}" for member, error in failed)
+def _runs(member: Member) -> bool:
+    """Its engine is up, and the supervisor does not work on it."""
+    return member.state == "ready" or member.kept

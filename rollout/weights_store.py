@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import xxhash
 
 from rlx.errors import WeightSyncError
+from rlx.rollout import delta
 from rlx.wire import WeightManifest
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -19,42 +22,78 @@ _PREFIX = "rlx-weights-"
 
 
 class WeightFile:
-    """The bytes of one update. The folder has mode 0700 and goes with `remove`."""
+    """The bytes of one update. The folder has mode 0700 and goes with `remove`, or with the last that holds it."""
 
     def __init__(self, manifest: WeightManifest):
         self.manifest = manifest
         self._folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=_folder_with_space(manifest.nbytes)))
         self._lock = os.open(self._folder, os.O_RDONLY)
         fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self._holders, self._unwanted = 0, False
         self.path = self._folder / f"{manifest.version}.safetensors"
 
-    async def fill(self, chunks: AsyncIterator[bytes]) -> None:
-        """Write the stream down; WeightSyncError unless it is exactly the bytes that the manifest announced."""
+    async def fill(self, chunks: AsyncIterator[bytes], base: WeightFile | None = None) -> None:
+        """Write the stream down, or, with `base`, what the stream makes of it (`rollout/delta.py`).
+
+        WeightSyncError unless as many bytes came as announced and the file has the announced fingerprint.
+        """
+        if base is None:
+            await self._fill_whole(chunks)
+            return
+        label = f"weights {self.manifest.version}"
+        difference = bytearray()
+        async for chunk in chunks:
+            difference += chunk
+            self._check_size(len(difference), ended=False)
+        self._check_size(len(difference), ended=True)
+        with base.held():
+            await asyncio.to_thread(delta.apply, base.path, difference, self.path)
+        found = await asyncio.to_thread(_fingerprint, self.path)
+        if found != self.manifest.fingerprint:
+            raise WeightSyncError(
+                f"{label}: the difference makes weights with the fingerprint {found}, "
+                f"{self.manifest.fingerprint} was announced; it was made for another update"
+            )
+
+    async def _fill_whole(self, chunks: AsyncIterator[bytes]) -> None:
         size, digest = 0, xxhash.xxh3_128()
         with self.path.open("wb", buffering=0) as file:
             async for chunk in chunks:
                 size += len(chunk)
-                if size > self.manifest.nbytes:
-                    raise WeightSyncError(
-                        f"weights {self.manifest.version}: more than the {self.manifest.nbytes} announced bytes came"
-                    )
+                self._check_size(size, ended=False)
                 digest.update(chunk)
                 view = memoryview(chunk)
                 while view:
                     view = view[file.write(view) :]
-        if size != self.manifest.nbytes:
-            raise WeightSyncError(
-                f"weights {self.manifest.version}: {self.manifest.nbytes} bytes were announced, {size} came"
-            )
+        self._check_size(size, ended=True)
         if digest.hexdigest() != self.manifest.fingerprint:
             raise WeightSyncError(
                 f"weights {self.manifest.version}: the bytes that came have the fingerprint {digest.hexdigest()}, "
                 f"{self.manifest.fingerprint} was announced; they changed on the way"
             )
 
+    def _check_size(self, came: int, ended: bool) -> None:
+        label, announced = f"weights {self.manifest.version}", self.manifest.travels
+        if came > announced:
+            raise WeightSyncError(f"{label}: more than the {announced} announced bytes came")
+        if ended and came != announced:
+            raise WeightSyncError(f"{label}: {announced} bytes were announced, {came} came")
+
+    @contextmanager
+    def held(self) -> Iterator[Path]:
+        """The file stays while the body runs, also when it is removed meanwhile."""
+        self._holders += 1
+        try:
+            yield self.path
+        finally:
+            self._holders -= 1
+            if self._unwanted:
+                self.remove()
+
     def remove(self) -> None:
         """Idempotent."""
-        if self._lock >= 0:
+        self._unwanted = True
+        if self._lock >= 0 and self._holders == 0:
             shutil.rmtree(self._folder)
             os.close(self._lock)
             self._lock = -1
@@ -74,6 +113,14 @@ def remove_leftovers() -> None:
                 pass
             finally:
                 os.close(lock)
+
+
+def _fingerprint(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(2**24):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _folder_with_space(nbytes: int) -> Path:

@@ -1,0 +1,163 @@
+"""Weight updates of a whole service: two phases, bytes that do not fit, workers that do not take them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import xxhash
+from service_parts import QUICK, LocalWorker, chunks, group, make_service, started, weights
+
+from rlx.errors import DeadlineExceeded, WeightSyncError
+from rlx.rollout import weights_store
+from rlx.rollout.engine_worker import EngineWorker
+from rlx.rollout.fake_engine import FakeEngine
+from rlx.wire import Sampling, TensorSpec, WeightManifest
+
+
+async def publish(service, version, data, sent=None):
+    await service.weights.announce(weights(version, data))
+    await service.weights.receive(version, chunks(data if sent is None else sent))
+    return await service.weights.commit(version)
+
+
+async def test_published_weights_reach_every_worker_and_stamp_the_next_tokens():
+    workers, data = [LocalWorker("a"), LocalWorker("b")], os.urandom(10_000)
+    async with started(make_service(workers)) as service:
+        times = await publish(service, 3, data)
+        assert [worker.committed for worker in workers] == [[data], [data]]
+        assert (times.version, times.nbytes) == (3, 10_000)
+        assert (await service.rollout(group())).episodes[0].rows[0].versions == ((3, 3),)
+        assert {status.weight_version for status in service.fleet.statuses()} == {3}
+        assert await service.weights.commit(3) == times
+
+
+async def test_the_weight_file_is_private_and_stays_for_those_that_catch_up(monkeypatch, tmp_path):
+    monkeypatch.setattr(weights_store, "SHARED_MEMORY", tmp_path)
+    modes = []
+
+    class Looking(LocalWorker):
+        async def commit(self, manifest, path):
+            modes.append(Path(path).parent.stat().st_mode & 0o777)
+            return await super().commit(manifest, path)
+
+    async with started(make_service([Looking()])) as service:
+        await publish(service, 1, b"abcd")
+        assert modes == [0o700]
+        assert [path.read_bytes() for path in tmp_path.glob("*/*")] == [b"abcd"]
+        await publish(service, 2, b"efgh")
+        assert [path.read_bytes() for path in tmp_path.glob("*/*")] == [b"efgh"]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("sent", "message"),
+    [(b"abcX", "changed on the way"), (b"abc", "4 bytes were announced, 3 came"), (b"abcde", "more than the 4")],
+)
+async def test_wrong_bytes_are_refused_the_old_version_serves_and_the_next_publish_works(sent, message):
+    worker = LocalWorker()
+    async with started(make_service([worker])) as service:
+        with pytest.raises(WeightSyncError, match=f"weights 1: .*{message}"):
+            await publish(service, 1, b"abcd", sent)
+        assert worker.committed == []
+        assert (await service.rollout(group("old"))).episodes[0].rows[0].versions == ((0, 3),)
+        await publish(service, 1, b"abcd")
+        assert (await service.rollout(group("new"))).episodes[0].rows[0].versions == ((1, 3),)
+
+
+async def test_weights_that_are_not_newer_are_refused_with_what_to_write():
+    async with started(make_service([LocalWorker()])) as service:
+        await publish(service, 2, b"abcd")
+        with pytest.raises(WeightSyncError, match="publish them as 3 or more"):
+            await service.weights.announce(weights(2, b"efgh"))
+
+
+async def test_a_learner_that_crashed_before_the_commit_does_not_block_the_next(monkeypatch, tmp_path):
+    monkeypatch.setattr(weights_store, "SHARED_MEMORY", tmp_path)
+    worker, second_half = LocalWorker(), asyncio.Event()
+
+    async def stalls():
+        yield b"ab"
+        await second_half.wait()
+        yield b"cd"
+
+    async with started(make_service([worker])) as service:
+        await service.weights.announce(weights(1, b"abcd"))
+        stalled = asyncio.create_task(service.weights.receive(1, stalls()))
+        await asyncio.sleep(0.05)
+        await publish(service, 1, b"efgh")
+        second_half.set()
+        with pytest.raises(WeightSyncError, match="replaced by a later announcement"):
+            await stalled
+        assert worker.committed == [b"efgh"]
+        assert [path.read_bytes() for path in tmp_path.glob("*/*")] == [b"efgh"]
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_an_update_that_was_not_committed_leaves_with_the_next_or_with_the_service(monkeypatch, tmp_path):
+    monkeypatch.setattr(weights_store, "SHARED_MEMORY", tmp_path)
+    async with started(make_service([LocalWorker()])) as service:
+        for data in (b"abcd", b"efgh"):
+            await service.weights.announce(weights(1, data))
+            await service.weights.receive(1, chunks(data))
+            assert [path.read_bytes() for path in tmp_path.glob("*/*")] == [data]
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_bytes_that_do_not_come_in_time_are_given_up():
+    settings = QUICK.model_copy(update={"publish_timeout": 0.2})
+
+    async def stalls():
+        yield b"ab"
+        await asyncio.Event().wait()
+
+    async with started(make_service([LocalWorker()], settings=settings)) as service:
+        await service.weights.announce(weights(1, b"abcd"))
+        with pytest.raises(DeadlineExceeded, match=r"did not send weights 1 within 0\.2 s"):
+            await service.weights.receive(1, stalls())
+        await publish(service, 1, b"abcd")
+
+
+async def test_a_commit_without_announcement_or_bytes_is_refused():
+    async with started(make_service([LocalWorker()])) as service:
+        with pytest.raises(WeightSyncError, match="not announced"):
+            await service.weights.commit(1)
+        await service.weights.announce(weights(1, b"abcd"))
+        with pytest.raises(WeightSyncError, match="have not come yet"):
+            await service.weights.commit(1)
+
+
+def test_leftover_folders_go_when_nobody_holds_them(monkeypatch, tmp_path):
+    monkeypatch.setattr(weights_store, "SHARED_MEMORY", tmp_path)
+    held = weights_store.WeightFile(weights(1, b"abcd"))
+    (tmp_path / "rlx-weights-leftover").mkdir()
+    (tmp_path / "of-somebody-else").mkdir()
+    weights_store.remove_leftovers()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([held.path.parent.name, "of-somebody-else"])
+    held.remove()
+
+
+async def test_tokens_in_flight_during_an_update_carry_both_versions():
+    array = np.arange(8, dtype=np.float32)
+    data = safetensors.numpy.save({"w": array})
+    specs = (TensorSpec("w", "F32", (8,)),)
+    engines = [FakeEngine(specs, seconds_per_token=0.002, seed=seed) for seed in (1, 2)]
+    service = make_service([EngineWorker(f"w-{i}", engine) for i, engine in enumerate(engines)])
+    async with started(service):
+        long = replace(group(n=8), sampling=Sampling(max_tokens=400))
+        running = asyncio.create_task(service.rollout(long))
+        await asyncio.sleep(0.02)
+        manifest = WeightManifest(1, len(data), xxhash.xxh3_128_hexdigest(data), specs)
+        await service.weights.announce(manifest)
+        await service.weights.receive(1, chunks(data))
+        await service.weights.commit(1)
+        seen = [tuple(version for version, _ in e.rows[0].versions) for e in (await running).episodes]
+        assert (0, 1) in seen
+        assert set(seen) <= {(0,), (0, 1)}
+        after = await service.rollout(group("after"))
+        assert {e.rows[0].versions[0][0] for e in after.episodes} == {1}
