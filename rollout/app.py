@@ -1,8 +1,9 @@
 """The HTTP face of the rollout service.
 
     data plane      POST /v1/rollouts, /v1/completions, /v1/chat/completions; GET /v1/models, /v1/workers
-    control plane   POST /v1/weights/announce, PUT /v1/weights/{version}, POST /v1/weights/{version}/commit,
-                    POST /v1/logprobs: with the bearer token, always
+    control plane   POST /v1/session, /v1/rollouts/cancel, /v1/logprobs; POST and DELETE /v1/workers;
+                    POST /v1/weights/announce, PUT /v1/weights/{version}, POST /v1/weights/{version}/commit:
+                    with the bearer token, always; weights not of a session (header `rlx-session`) that was replaced
     GET /health     never needs one
 
 Bodies are frames (`application/x-rlx`) or JSON; the token path reads and writes raw bytes, without pydantic.
@@ -13,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
@@ -23,12 +24,13 @@ from starlette.requests import ClientDisconnect
 
 from rlx.errors import RlxError, ServiceUnavailable
 from rlx.rollout.auth import check_bearer
-from rlx.rollout.http_errors import BodyTooLarge, UnsupportedBody, error_body, status_of
+from rlx.rollout.http_errors import SESSION_HEADER, BodyTooLarge, UnsupportedBody, error_body, status_of
 from rlx.rollout.service import RolloutService
 from rlx.wire import CONTENT_TYPE, GroupRequest, WeightManifest, WireError, decode_frame, encode_frame
 
 MAX_BODY_BYTES = 64 * 2**20
 _JSON = "application/json"
+T = TypeVar("T")
 
 
 def create_app(service: RolloutService, token: str | None, require_token_for_data: bool) -> FastAPI:
@@ -82,14 +84,56 @@ def _data_plane(service: RolloutService) -> APIRouter:
 
     @router.get("/workers")
     async def workers() -> Response:
-        version, statuses = service.fleet.weight_version, service.fleet.statuses()
-        return _json({"weight_version": version, "workers": [asdict(status) for status in statuses]})
+        version, statuses = service.fleet.weight_version, [asdict(status) for status in service.fleet.statuses()]
+        return _json({"weight_version": version, "instance": service.instance, "workers": statuses})
 
     return router
 
 
 def _control_plane(service: RolloutService) -> APIRouter:
+    async def of_this_session(request: Request) -> None:
+        service.check_session(request.headers.get(SESSION_HEADER))
+
     router = APIRouter(prefix="/v1")
+    router.include_router(_weights(service), dependencies=[Depends(of_this_session)])
+
+    @router.post("/session")
+    async def session(request: Request) -> Response:
+        _, body = await _body(request)
+        return _json(service.begin_session(_field(_object(body), "session", str)))
+
+    @router.post("/rollouts/cancel")
+    async def cancel(request: Request) -> Response:
+        _, body = await _body(request)
+        keys = _field(_object(body), "keys", list)
+        if not all(isinstance(key, str) for key in keys):
+            raise WireError("keys must be a list of strings")
+        return _json({"cancelled": service.cancel(keys)})
+
+    @router.post("/workers")
+    async def add_workers(request: Request) -> Response:
+        _, body = await _body(request)
+        return _json({"names": service.add_workers(_field(_object(body), "count", int))})
+
+    @router.delete("/workers/{name}")
+    async def remove_worker(name: str) -> Response:
+        service.remove_worker(name)
+        return _json({"name": name})
+
+    @router.post("/logprobs")
+    async def logprobs(request: Request) -> Response:
+        kind, body = await _body(request)
+        head, ids = _logprobs_request(kind, body)
+        answers = await service.prompt_logprobs(ids, head.get("worker"))
+        if _wants(request, kind) == CONTENT_TYPE:
+            return Response(encode_frame({"kind": "logprobs"}, answers), media_type=CONTENT_TYPE)
+        return _json({"logprobs": {name: values.tolist() for name, values in answers.items()}})
+
+    return router
+
+
+def _weights(service: RolloutService) -> APIRouter:
+    router = APIRouter()
 
     @router.post("/weights/announce")
     async def announce(request: Request) -> Response:
@@ -108,15 +152,6 @@ def _control_plane(service: RolloutService) -> APIRouter:
     async def commit(version: int) -> Response:
         service.check_serving()
         return _json((await service.weights.commit(version)).to_json())
-
-    @router.post("/logprobs")
-    async def logprobs(request: Request) -> Response:
-        kind, body = await _body(request)
-        head, ids = _logprobs_request(kind, body)
-        answers = await service.prompt_logprobs(ids, head.get("worker"))
-        if _wants(request, kind) == CONTENT_TYPE:
-            return Response(encode_frame({"kind": "logprobs"}, answers), media_type=CONTENT_TYPE)
-        return _json({"logprobs": {name: values.tolist() for name, values in answers.items()}})
 
     return router
 
@@ -163,6 +198,13 @@ def _object(body: bytes) -> dict[str, Any]:
         raise WireError(f"the body is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise WireError(f"the body must be a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _field(body: dict[str, Any], name: str, kind: type[T]) -> T:
+    value = body.get(name)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise WireError(f"{name!r} must be a {kind.__name__}, got {value!r:.100}")
     return value
 
 

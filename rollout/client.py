@@ -17,13 +17,14 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 import httpx
 import numpy as np
 
 from rlx.errors import ServiceError, ServiceUnavailable
 from rlx.rollout.deadline import deadline
-from rlx.rollout.http_errors import raise_answer
+from rlx.rollout.http_errors import SESSION_HEADER, raise_answer
 from rlx.wire import CONTENT_TYPE, GroupRequest, GroupResult, WeightManifest, decode_frame, encode_frame
 
 T = TypeVar("T")
@@ -55,6 +56,10 @@ class PublishTimes:
     announce_s: float
     transfer_s: float
     commit_s: float
+    pause_s: float = 0.0
+    """Of the worker that swapped longest: so long it generated nothing."""
+    behind: tuple[str, ...] = ()
+    """`name: cause` of the workers that did not take these weights yet and get no work meanwhile."""
 
     @property
     def total_s(self) -> float:
@@ -87,6 +92,7 @@ class RolloutClient:
             )
             for _ in range(_POOLS)
         ]
+        self._session = ""
         self._pool_in_turn = itertools.cycle(self._pools)
 
     def __enter__(self) -> RolloutClient:
@@ -108,11 +114,12 @@ class RolloutClient:
     # --- the service ----------------------------------------------------------------------------------------------
 
     def wait_until_ready(self, timeout_s: float, on_wait: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
-        """Wait until every worker is up; `on_wait` hears what is waited for, twice a second. Returns /health."""
+        """Wait until it has loaded and some worker works; `on_wait` hears what is waited for, twice a second. Returns
+        /health."""
         end = time.monotonic() + timeout_s
         while True:
             status, body = self._try_health(min(self._timeouts.call_s, max(end - time.monotonic(), 1.0)))
-            if status == "ok":
+            if status in ("ok", "degraded"):
                 return body
             waiting_for = _waiting_for(self.base_url, status, body)
             if status == "failed":
@@ -130,11 +137,28 @@ class RolloutClient:
             raise ServiceUnavailable(f"nobody answers at {self.base_url}; {_HINT}")
         return body
 
+    def instance(self) -> str:
+        """Id of the service's process: another one knows nothing of what was sent to this."""
+        return str(self.health()["instance"])
+
+    def begin_session(self, session: str) -> dict[str, Any]:
+        """Take the service over; groups of other sessions are cancelled, and their requests refused from here on.
+        `{"instance": str, "weight_version": int, "replaced": [keys of the groups that were cancelled]}`."""
+        self._session = session
+        return self._call(self._json("POST", "/v1/session", "the session", {"session": session}))
+
     def workers(self) -> dict[str, Any]:
-        """`{"weight_version": int, "workers": [WorkerStatus as a mapping, ...]}`."""
-        answer = self._call(self._request("GET", "/v1/workers", "the rollout service", self._timeouts.call_s))
-        workers: dict[str, Any] = json.loads(answer)
-        return workers
+        """`{"weight_version": int, "instance": str, "workers": [WorkerStatus as a mapping, ...]}`."""
+        return self._call(self._json("GET", "/v1/workers", "the rollout service"))
+
+    def add_workers(self, count: int) -> list[str]:
+        """Start `count` more; returns their names at once, `workers` says how far they are."""
+        answer = self._call(self._json("POST", "/v1/workers", "new workers", {"count": count}))
+        return [str(name) for name in answer["names"]]
+
+    def remove_worker(self, name: str) -> None:
+        """It gets no more groups and leaves once those that it has are done; returns at once."""
+        self._call(self._json("DELETE", f"/v1/workers/{quote(name, safe='')}", f"removing {name}"))
 
     def prompt_logprobs(self, ids: np.ndarray, worker: str | None = None) -> dict[str, np.ndarray]:
         """log p(ids[t] | ids[:t]) on every worker, or on the named one: `ids` [T] → float32 [T-1] by worker name."""
@@ -150,6 +174,12 @@ class RolloutClient:
     def submit(self, request: GroupRequest) -> concurrent.futures.Future[GroupResult]:
         """Send one group off. The future holds its result or the service's error; cancelling it stops waiting."""
         return self._start(self._rollout(request))
+
+    def cancel(self, keys: Iterable[str]) -> None:
+        """Take these groups back: the service stops them, who waits for one gets GroupCancelled. Returns at once; a
+        service that cannot be reached has lost them anyway."""
+        if listed := list(keys):
+            self._start(self._json("POST", "/v1/rollouts/cancel", "cancelled groups", {"keys": listed}))
 
     def rollouts(
         self, requests: Iterable[GroupRequest], on_group: Callable[[GroupResult], None] = lambda _: None
@@ -174,7 +204,8 @@ class RolloutClient:
     # --- weights --------------------------------------------------------------------------------------------------
 
     def publish(self, manifest: WeightManifest, data: bytes | memoryview | Iterable[bytes]) -> PublishTimes:
-        """Announce, send, commit; returns when every worker samples with the new weights, else raises."""
+        """Announce, send, commit; returns when workers sample with the new weights and none with older ones.
+        WeightBaseMismatch, with nothing sent, where `manifest` builds on other weights than the service has."""
         return self._call(self._publish(manifest, data))
 
     async def _publish(self, manifest: WeightManifest, data: bytes | memoryview | Iterable[bytes]) -> PublishTimes:
@@ -187,16 +218,16 @@ class RolloutClient:
             seconds + _MARGIN_S, lambda: f"{who}: the bytes did not reach {self.base_url} within {seconds:g} s"
         ):
             try:
-                answer = await next(self._pool_in_turn).put(
-                    path, content=_pieces(data), headers={"Content-Length": str(manifest.travels)}
-                )
+                headers = {"Content-Length": str(manifest.travels)} | self._headers()
+                answer = await next(self._pool_in_turn).put(path, content=_pieces(data), headers=headers)
             except httpx.TransportError as error:
                 raise ServiceUnavailable(f"{who}: {_lost(self.base_url, error)}") from error
         _check(answer, self.base_url)
         marks.append(time.monotonic())
-        await self._request("POST", f"{path}/commit", f"{who}: commit", seconds)
+        answer = json.loads(await self._request("POST", f"{path}/commit", f"{who}: commit", seconds))
         marks.append(time.monotonic())
-        return PublishTimes(*np.diff(marks).tolist())
+        behind = tuple(f"{worker['name']}: {worker['cause']}" for worker in answer["behind"])
+        return PublishTimes(*np.diff(marks).tolist(), answer["pause_s"], behind)
 
     # --- the wire -------------------------------------------------------------------------------------------------
 
@@ -210,7 +241,8 @@ class RolloutClient:
             for resubmit in range(_RESUBMITS + 1):
                 try:
                     pool = next(self._pool_in_turn)
-                    answer = await pool.request(method, path, content=body, headers={"Content-Type": kind})
+                    headers = {"Content-Type": kind} | self._headers()
+                    answer = await pool.request(method, path, content=body, headers=headers)
                     break
                 except httpx.TransportError as error:
                     if resubmit == _RESUBMITS:
@@ -218,6 +250,14 @@ class RolloutClient:
                     await asyncio.sleep(_FIRST_PAUSE_S * 2**resubmit)
         _check(answer, self.base_url)
         return answer.content
+
+    async def _json(self, method: str, path: str, what: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        sent = json.dumps(body).encode() if body is not None else b""
+        answer: dict[str, Any] = json.loads(await self._request(method, path, what, self._timeouts.call_s, sent))
+        return answer
+
+    def _headers(self) -> dict[str, str]:
+        return {SESSION_HEADER: self._session} if self._session else {}
 
     def _try_health(self, seconds: float) -> tuple[str, dict[str, Any]]:
         """The service's status word (`unreachable` when nobody answers) and the body."""

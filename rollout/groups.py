@@ -1,16 +1,20 @@
-"""Groups by key: the running ones and the newest results, so that a resubmitted key never rolls out twice."""
+"""Groups by key: the running ones and the newest results, so that a resubmitted key never rolls out twice; and whose
+they are: a key belongs to the session that it begins with, `<session>/...`."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, replace
 
 import xxhash
 
-from rlx.errors import ServiceError, ServiceUnavailable
+from rlx.errors import GroupCancelled, ServiceError, ServiceUnavailable, SessionReplaced
 from rlx.wire import GroupRequest, GroupResult
+
+KEPT_CANCELLED = 16384
+"""Cancelled keys that are remembered."""
 
 
 class KeyConflict(ServiceError):
@@ -23,24 +27,32 @@ class _Entry:
     task: asyncio.Task[GroupResult]
     nbytes: int | None = None
     """Size of the result; None while it runs."""
+    stopped_by: ServiceError | None = None
 
 
 class GroupStore:
     """Consumes requests, produces results; keeps at most `max_groups` finished groups of `max_bytes` together, the
     least recently asked for go first.
 
-    A group runs in a task of its own: it outlives the caller that submitted it. A failed one is forgotten.
+    A group runs in a task of its own: it outlives the caller that submitted it. A failed one is forgotten. A key that
+    was cancelled stays so until its session begins anew, as the request may arrive after its cancellation.
     """
 
     def __init__(self, max_groups: int, max_bytes: int):
         self._max_groups, self._max_bytes = max_groups, max_bytes
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
         self._num_finished, self._nbytes = 0, 0
+        self._session: str | None = None
+        self._cancelled: OrderedDict[str, None] = OrderedDict()
 
     async def get(self, request: GroupRequest, run: Callable[[GroupRequest], Awaitable[GroupResult]]) -> GroupResult:
+        if self._session is not None:
+            check_session(session_of(request.key), self._session, f"group {request.key!r}")
         digest = request_digest(request)
         entry = self._entries.get(request.key)
         if entry is None:
+            if request.key in self._cancelled:
+                raise _cancelled(request.key)
             entry = self._entries[request.key] = self._start(request, digest, run)
         elif entry.digest != digest:
             raise KeyConflict(
@@ -51,8 +63,39 @@ class GroupStore:
             return await asyncio.shield(entry.task)
         except asyncio.CancelledError:
             if entry.task.cancelled():
-                raise ServiceUnavailable(f"group {request.key!r} was stopped: the service is stopping") from None
+                stopped = ServiceUnavailable(f"group {request.key!r} was stopped: the service is stopping")
+                raise entry.stopped_by or stopped from None
             raise
+
+    def begin_session(self, session: str) -> list[str]:
+        """From here on only keys of `session` are taken; the running groups of others are cancelled, and named."""
+        self._session = session
+        self._cancelled.clear()
+        others = [key for key, entry in self._entries.items() if not entry.task.done() and session_of(key) != session]
+        for key in others:
+            self._stop(
+                key, SessionReplaced(f"group {key!r} was stopped: the session {session!r} took the service over")
+            )
+        return others
+
+    def cancel(self, keys: Iterable[str]) -> list[str]:
+        """Stop the running groups among `keys` and name them; keys that were never seen are refused from here on."""
+        stopped = []
+        for key in keys:
+            entry = self._entries.get(key)
+            if entry is not None and entry.task.done():
+                continue
+            self._cancelled[key] = None
+            if entry is not None and self._stop(key, _cancelled(key)):
+                stopped.append(key)
+        while len(self._cancelled) > KEPT_CANCELLED:
+            self._cancelled.popitem(last=False)
+        return stopped
+
+    def _stop(self, key: str, cause: ServiceError) -> bool:
+        entry = self._entries[key]
+        entry.stopped_by = entry.stopped_by or cause
+        return entry.task.cancel()
 
     def running(self) -> list[asyncio.Task[GroupResult]]:
         return [entry.task for entry in self._entries.values() if not entry.task.done()]
@@ -92,6 +135,23 @@ class GroupStore:
 def _nbytes(result: GroupResult) -> int:
     rows = [row for episode in result.episodes for row in episode.rows]
     return sum(row.ids.nbytes + row.logprobs.nbytes for row in rows) + sum(len(e.text) for e in result.episodes)
+
+
+def session_of(key: str) -> str:
+    return key.partition("/")[0]
+
+
+def check_session(session: str, current: str, what: str) -> None:
+    """Raise SessionReplaced where `what` is of another session than the current one."""
+    if session != current:
+        raise SessionReplaced(
+            f"{what} is of the session {session!r}, but the service belongs to the session {current!r} now: another "
+            "learner took it over; stop one of the two, or give each a service of its own (vllm.port)"
+        )
+
+
+def _cancelled(key: str) -> GroupCancelled:
+    return GroupCancelled(f"group {key!r} was cancelled by the learner")
 
 
 def request_digest(request: GroupRequest) -> str:

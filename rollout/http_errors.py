@@ -27,6 +27,9 @@ from rlx.rollout.auth import Unauthorized
 from rlx.rollout.groups import KeyConflict
 from rlx.wire import WireError
 
+SESSION_HEADER = "rlx-session"
+"""Names the learner's session in its requests."""
+
 
 class BodyTooLarge(WireError):
     """A request body above the limit."""

@@ -13,7 +13,8 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -23,10 +24,10 @@ import numpy as np
 
 from rlx.config.sections import ServiceSection
 from rlx.episode import Episode
-from rlx.errors import RlxError, ServiceUnavailable
+from rlx.errors import RlxError, ServiceError, ServiceUnavailable
 from rlx.rollout.deadline import deadline
 from rlx.rollout.fleet import Fleet, Member
-from rlx.rollout.groups import GroupStore
+from rlx.rollout.groups import GroupStore, check_session
 from rlx.rollout.supervisor import Supervisor
 from rlx.rollout.weight_updates import WeightUpdates
 from rlx.rollout.weights_store import remove_leftovers
@@ -63,6 +64,8 @@ class RolloutService:
         start_timeout_s: float,
     ):
         self.model = model
+        self.instance = uuid.uuid4().hex
+        """Of this process: another one knows nothing of what was sent here."""
         self.fleet = Fleet(workers, settings)
         self.weights = WeightUpdates(self.fleet, settings)
         self.supervisor = Supervisor(self.fleet, self.weights, settings, start_timeout_s)
@@ -76,6 +79,7 @@ class RolloutService:
         self._parts[_REWARDS] = scorer.start
         if episodes.own_reward:  # plain replies have nothing to start
             self._parts[_EPISODES] = episodes.start
+        self._session: str | None = None
         self._up: set[str] = set()
 
     # --- life -----------------------------------------------------------------------------------------------------
@@ -144,23 +148,25 @@ class RolloutService:
         return LoadProgress(len(self._up), len(self._parts), waiting, round(time.monotonic() - self._born, 1))
 
     def health(self) -> tuple[bool, dict[str, Any]]:
-        """Whether every worker generated a token lately and has the newest weights; and the same for people.
-        `status`: ok, loading, down, stopping or failed; `cause` says why it is not ok."""
+        """Whether some worker generated a token lately and has the newest weights; and the same for people.
+        `status`: ok, degraded (some workers work, not all), loading, down, stopping or failed; `cause` says why."""
         status, cause = self._state, self._cause
         if self._state == "serving":
             idle = [m for m in self.fleet.members if m not in self.fleet.ready()]
             silent = [f"{m.name} generated no token for {m.token_age_s():.0f} s" for m in self.fleet.silent()]
-            status = "down" if idle or silent else "ok"
+            works = [m for m in self.fleet.ready() if m not in self.fleet.silent()]
+            status = "ok" if len(works) == len(self.fleet.members) else "degraded" if works else "down"
             cause = "; ".join(([self.fleet.describe()] if idle else []) + silent)
         body = {
             "status": status,
             "cause": cause,
+            "instance": self.instance,
             "weight_version": self.fleet.weight_version,
             "workers": [asdict(status) for status in self.fleet.statuses()],
         }
         if self._state == "loading":
             body["progress"] = asdict(self.load_progress())
-        return status == "ok", body
+        return status in ("ok", "degraded"), body
 
     def check_serving(self) -> None:
         """Raise ServiceUnavailable unless the service takes requests."""
@@ -172,6 +178,25 @@ class RolloutService:
         if self._state == "stopping":
             raise ServiceUnavailable("the service is stopping")
 
+    # --- the learner's session -----------------------------------------------------------------------------------
+
+    def begin_session(self, session: str) -> dict[str, Any]:
+        """The service belongs to the learner `session` from here on: what others left behind goes. The same session
+        again changes nothing but forgets what it had cancelled."""
+        if not session or "/" in session or len(session) > 256:
+            raise WireError(f"session must have 1 to 256 characters and no slash, got {session!r}")
+        self.check_serving()
+        if session != self._session:
+            self.weights.discard()
+        self._session = session
+        replaced = self._groups.begin_session(session)
+        return {"instance": self.instance, "weight_version": self.fleet.weight_version, "replaced": replaced}
+
+    def check_session(self, session: str | None) -> None:
+        """Raise SessionReplaced for a request of another session than the current one."""
+        if session is not None and self._session is not None:
+            check_session(session, self._session, "this request")
+
     # --- groups ---------------------------------------------------------------------------------------------------
 
     async def rollout(self, request: GroupRequest) -> GroupResult:
@@ -179,6 +204,10 @@ class RolloutService:
         check_request(request)
         self.check_serving()
         return await self._groups.get(request, self._run_group)
+
+    def cancel(self, keys: Iterable[str]) -> list[str]:
+        """Stop the running groups among `keys` and name them; who waits for one gets GroupCancelled."""
+        return self._groups.cancel(keys)
 
     async def _run_group(self, request: GroupRequest) -> GroupResult:
         seconds = min(request.deadline_s, self._settings.group_timeout)
@@ -205,6 +234,12 @@ class RolloutService:
             reward_s=time.monotonic() - generated,
             metrics=metrics,
         )
+
+    def add_workers(self, count: int) -> list[str]:
+        raise ServiceError("this service cannot start more workers")
+
+    def remove_worker(self, name: str) -> None:
+        raise ServiceError("this service cannot remove workers")
 
     # --- the workers themselves -----------------------------------------------------------------------------------
 

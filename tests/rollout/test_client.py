@@ -15,7 +15,15 @@ import numpy as np
 import pytest
 from service_parts import QUICK, TOKEN, LocalScorer, LocalWorker, group, make_service, weights
 
-from rlx.errors import DeadlineExceeded, ServiceError, ServiceUnavailable, UserCodeError, WeightSyncError
+from rlx.errors import (
+    DeadlineExceeded,
+    GroupCancelled,
+    ServiceError,
+    ServiceUnavailable,
+    SessionReplaced,
+    UserCodeError,
+    WeightSyncError,
+)
 from rlx.rollout import client as client_module
 from rlx.rollout.app import create_app
 from rlx.rollout.client import ClientTimeouts, RolloutClient
@@ -294,8 +302,11 @@ def test_wrong_bytes_are_an_error_here_and_the_next_publish_works():
 def test_a_worker_that_does_not_take_the_weights_is_named_here():
     with served(workers=[LocalWorker("good"), LocalWorker("bad")]) as s:
         s.workers[1].takes_other_bytes = True
-        with pytest.raises(WeightSyncError, match="weights 1 were not taken: bad"):
-            s.client.publish(weights(1, b"abcd"), b"abcd")
+        times = s.client.publish(weights(1, b"abcd"), b"abcd")
+        assert 0 < times.pause_s <= times.commit_s
+        [behind] = times.behind
+        assert behind.startswith("bad: did not take weights 1")
+        assert s.client.submit(group()).result(5).worker == "good"
 
 
 def test_a_wrong_token_is_told_so():
@@ -303,6 +314,42 @@ def test_a_wrong_token_is_told_so():
         client.wait_until_ready(5)
         with pytest.raises(ServiceError, match="RLX_TOKEN"):
             client.publish(weights(1, b"abcd"), b"abcd")
+
+
+def test_cancelled_groups_raise_and_a_replaced_session_is_told_so():
+    with served() as s, RolloutClient(s.running.url, TOKEN, TIMEOUTS) as other:
+        assert s.client.begin_session("first")["instance"] == s.client.instance()
+        s.workers[0].silent = True
+        future = s.client.submit(group("first/1"))
+        while "first/1" not in s.workers[0].generated:
+            time.sleep(0.01)
+        s.client.cancel(["first/1", "first/2"])
+        with pytest.raises(GroupCancelled, match="first/1"):
+            future.result(5)
+        with pytest.raises(GroupCancelled, match="first/2"):
+            s.client.submit(group("first/2")).result(5)
+        future = s.client.submit(group("first/3"))
+        while "first/3" not in s.workers[0].generated:
+            time.sleep(0.01)
+        assert other.begin_session("second")["replaced"] == ["first/3"]
+        with pytest.raises(SessionReplaced, match="'second' took the service over"):
+            future.result(5)
+        with pytest.raises(SessionReplaced, match="another learner took it over"):
+            s.client.publish(weights(1, b"abcd"), b"abcd")
+        s.workers[0].silent = False
+        s.workers[0].open.set()
+        other.publish(weights(1, b"abcd"), b"abcd")
+        assert other.submit(group("second/1")).result(5).key == "second/1"
+
+
+def test_a_cancelled_key_may_come_again_in_a_new_session():
+    with served() as s:
+        s.client.begin_session("s")
+        s.client.cancel(["s/1"])
+        while s.client.submit(group("s/1")).exception(5) is None:
+            raise AssertionError("the cancelled key was sampled")
+        s.client.begin_session("s")
+        assert s.client.submit(group("s/1")).result(5).key == "s/1"
 
 
 def test_closing_gives_up_what_is_in_flight_and_ends_the_thread():

@@ -6,6 +6,7 @@ import asyncio
 import json
 import socket
 import stat
+from dataclasses import replace
 
 import httpx
 import numpy as np
@@ -14,9 +15,12 @@ from service_parts import TOKEN, LocalScorer, LocalWorker, eventually, group, ma
 
 from rlx.errors import ConfigError, DeadlineExceeded, UserCodeError
 from rlx.rollout import app as app_module
+from rlx.rollout import weights_store
 from rlx.rollout.auth import service_token
+from rlx.rollout.engine_worker import EngineWorker
+from rlx.rollout.fake_engine import FakeEngine
 from rlx.rollout.gateway import bind
-from rlx.wire import CONTENT_TYPE, GroupResult, decode_frame, encode_frame
+from rlx.wire import CONTENT_TYPE, GroupResult, Sampling, decode_frame, encode_frame
 
 FRAME = {"content-type": CONTENT_TYPE}
 BEARER = {"authorization": f"Bearer {TOKEN}"}
@@ -130,6 +134,7 @@ async def test_an_unknown_route_and_a_wrong_method_are_json_too():
 
 
 CONTROL = [
+    ("POST", "/v1/session"), ("POST", "/v1/rollouts/cancel"), ("POST", "/v1/workers"), ("DELETE", "/v1/workers/w"),
     ("POST", "/v1/weights/announce"), ("PUT", "/v1/weights/1"), ("POST", "/v1/weights/1/commit"), ("POST", "/v1/logprobs"),
 ]  # fmt: skip
 
@@ -283,6 +288,96 @@ async def test_a_defect_of_the_service_is_json_and_says_where_to_look():
         status, _, message = error_of(await http.post("/v1/completions", json={}))
     assert status == 500
     assert "ZeroDivisionError: one over nothing" in message
+
+
+# --- sessions and cancelled groups ---
+
+
+def fake_service(*engines):
+    return make_service([EngineWorker(f"w-{i}", engine) for i, engine in enumerate(engines)])
+
+
+def long_group(key, n=2):
+    return replace(group(key, n), sampling=Sampling(max_tokens=100_000))
+
+
+def post_group(http, request):
+    return asyncio.create_task(http.post("/v1/rollouts", content=request.encode(), headers=FRAME))
+
+
+def endless_engine():
+    return FakeEngine(seconds_per_token=0.001, length_of=lambda *_: 10**6)
+
+
+async def test_a_cancelled_group_leaves_the_engine_and_its_caller_hears_of_it():
+    engine = endless_engine()
+    service = fake_service(engine)
+    async with started(service), on_http(service) as url, client(url, headers=BEARER) as http:
+        waiting = [post_group(http, long_group(key)) for key in ("s/1", "s/1", "s/2")]
+        await eventually(lambda: engine.load().running == 4)
+        answer = await http.post("/v1/rollouts/cancel", json={"keys": ["s/1", "s/none"]})
+        assert answer.json() == {"cancelled": ["s/1"]}
+        for gone in await asyncio.gather(*waiting[:2]):
+            assert error_of(gone) == (409, "GroupCancelled", "group 's/1' was cancelled by the learner")
+        await eventually(lambda: engine.in_flight == 1)
+        assert engine.load().running + engine.load().waiting == 2
+        assert [s.in_flight for s in service.fleet.statuses()] == [2]
+        assert error_of(await post_group(http, long_group("s/none")))[1] == "GroupCancelled"
+        await http.post("/v1/rollouts/cancel", json={"keys": ["s/2"]})
+        await eventually(lambda: engine.in_flight == 0)
+        for wrong in ({}, {"keys": "s/2"}, {"keys": [1]}):
+            assert error_of(await http.post("/v1/rollouts/cancel", json=wrong))[:2] == (400, "WireError")
+
+
+async def test_a_finished_group_is_not_cancelled_and_still_there():
+    service = make_service([LocalWorker()])
+    async with started(service), on_http(service) as url, client(url, headers=BEARER) as http:
+        await http.post("/v1/rollouts", json=PEOPLE)
+        assert (await http.post("/v1/rollouts/cancel", json={"keys": ["p-1"]})).json() == {"cancelled": []}
+        assert (await http.post("/v1/rollouts", json=PEOPLE)).status_code == 200
+
+
+async def test_a_new_session_replaces_the_old_one_and_what_it_left_behind():
+    engine = endless_engine()
+    service = fake_service(engine)
+    async with started(service), on_http(service) as url, client(url, headers=BEARER) as http:
+
+        def begin(session):
+            return http.post("/v1/session", json={"session": session})
+
+        assert (await http.post("/v1/rollouts", json=PEOPLE)).status_code == 200, "no session: anybody is served"
+        assert (await begin("old")).json() == {"instance": service.instance, "weight_version": 0, "replaced": []}
+        waiting = post_group(http, long_group("old/1"))
+        await eventually(lambda: engine.in_flight == 1)
+        assert (await begin("old")).json()["replaced"] == []
+        assert (await begin("new")).json()["replaced"] == ["old/1"]
+        status, name, message = error_of(await waiting)
+        assert (status, name) == (409, "SessionReplaced")
+        assert "'new' took the service over" in message
+        await eventually(lambda: engine.in_flight == 0)
+        late = await post_group(http, long_group("old/2"))
+        assert error_of(late)[:2] == (409, "SessionReplaced")
+        manifest = weights(1, b"abcd").to_json()
+        stale = await http.post("/v1/weights/announce", json=manifest, headers={"rlx-session": "old"})
+        assert error_of(stale)[:2] == (409, "SessionReplaced")
+        fresh = await post_group(http, group("new/1"))
+        assert fresh.status_code == 200
+        for wrong in ({}, {"session": ""}, {"session": "a/b"}, {"session": 3}):
+            assert error_of(await http.post("/v1/session", json=wrong))[:2] == (400, "WireError")
+        assert (await http.get("/health")).json()["instance"] == service.instance
+        assert (await http.get("/v1/workers")).json()["instance"] == service.instance
+
+
+async def test_a_new_session_discards_an_update_that_was_not_committed(monkeypatch, tmp_path):
+    monkeypatch.setattr(weights_store, "SHARED_MEMORY", tmp_path)
+    service = make_service([LocalWorker()])
+    async with started(service), on_http(service) as url, client(url, headers=BEARER) as http:
+        await http.post("/v1/session", json={"session": "old"})
+        await http.post("/v1/weights/announce", json=weights(1, b"abcd").to_json())
+        await http.put("/v1/weights/1", content=b"abcd")
+        await http.post("/v1/session", json={"session": "new"})
+        assert list(tmp_path.iterdir()) == []
+        assert error_of(await http.post("/v1/weights/1/commit"))[1] == "WeightSyncError"
 
 
 def test_a_port_in_use_is_a_configuration_error_that_says_what_to_write():
