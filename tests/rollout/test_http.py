@@ -14,8 +14,7 @@ import pytest
 from service_parts import TOKEN, LocalScorer, LocalWorker, eventually, group, make_service, on_http, started, weights
 
 from rlx.errors import ConfigError, DeadlineExceeded, UserCodeError
-from rlx.rollout import app as app_module
-from rlx.rollout import weights_store
+from rlx.rollout import http_bodies, weights_store
 from rlx.rollout.auth import service_token
 from rlx.rollout.engine_worker import EngineWorker
 from rlx.rollout.fake_engine import FakeEngine
@@ -121,7 +120,7 @@ async def test_a_body_that_cannot_be_read_is_told_so(sent, status, message):
 
 
 async def test_a_body_above_the_limit_is_refused(monkeypatch):
-    monkeypatch.setattr(app_module, "MAX_BODY_BYTES", 1000)
+    monkeypatch.setattr(http_bodies, "MAX_BODY_BYTES", 1000)
     async with started(make_service([LocalWorker()])) as service, on_http(service) as url, client(url) as http:
         answer = await http.post("/v1/rollouts", content=bytes(1001), headers=FRAME)
     assert answer.status_code == 413
@@ -431,5 +430,5 @@ def test_an_empty_token_file_is_told_so(monkeypatch, tmp_path):
 
 
 def test_json_answers_have_no_nan():
-    body = json.loads(app_module._json({"a": [float("nan"), 1.0, (float("inf"),)]}).body)
+    body = json.loads(http_bodies.json_response({"a": [float("nan"), 1.0, (float("inf"),)]}).body)
     assert body == {"a": [None, 1.0, [None]]}

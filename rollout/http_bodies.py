@@ -1,0 +1,124 @@
+"""Bodies, errors and the token of an HTTP app of ours: what the gateway and the workers' own endpoints share.
+
+Bodies are frames (`application/x-rlx`) or JSON; the token path reads and writes raw bytes, without pydantic.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from rlx.errors import RlxError, ServiceUnavailable
+from rlx.rollout.auth import check_bearer
+from rlx.rollout.http_errors import BodyTooLarge, UnsupportedBody, error_body, status_of
+from rlx.wire import CONTENT_TYPE, GroupRequest, GroupResult, WireError
+
+MAX_BODY_BYTES = 64 * 2**20
+_JSON = "application/json"
+T = TypeVar("T")
+
+
+def with_token(token: str | None) -> Callable[[Request], Awaitable[None]]:
+    """A dependency that lets only requests with the bearer token in."""
+
+    async def check(request: Request) -> None:
+        check_bearer(request.headers.get("authorization"), token)
+
+    return check
+
+
+def answer_errors(app: FastAPI) -> None:
+    """Errors in the form of `http_errors`."""
+    app.add_exception_handler(RlxError, _answer_error)
+    app.add_exception_handler(HTTPException, _answer_http_error)
+    app.add_exception_handler(ClientDisconnect, _answer_nobody)
+    app.add_exception_handler(Exception, _answer_bug)
+
+
+async def answer_group(request: Request, rollout: Callable[[GroupRequest], Awaitable[GroupResult]]) -> Response:
+    """POST /v1/rollouts: the group of the body, in the form that is wanted."""
+    kind, body = await read_body(request)
+    group = GroupRequest.decode(body) if kind == CONTENT_TYPE else GroupRequest.from_json(json_object(body))
+    result = await rollout(group)
+    if wanted(request, kind) == CONTENT_TYPE:
+        return Response(result.encode(), media_type=CONTENT_TYPE)
+    return json_response(result.to_json())
+
+
+async def read_body(request: Request) -> tuple[str, bytes]:
+    """Content type and bytes. A type that a web page may send without being asked is refused."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind not in (CONTENT_TYPE, _JSON):
+        raise UnsupportedBody(f"the content type must be {_JSON} or {CONTENT_TYPE}, got {kind or 'none'}")
+    parts, size = [], 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > MAX_BODY_BYTES:
+            raise BodyTooLarge(f"a request may have {MAX_BODY_BYTES} bytes, this one has more")
+        parts.append(chunk)
+    return kind, b"".join(parts)
+
+
+def json_object(body: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise WireError(f"the body is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise WireError(f"the body must be a JSON object, got {type(value).__name__}")
+    return value
+
+
+def field(body: dict[str, Any], name: str, kind: type[T]) -> T:
+    value = body.get(name)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise WireError(f"{name!r} must be a {kind.__name__}, got {value!r:.100}")
+    return value
+
+
+def wanted(request: Request, kind: str) -> str:
+    """The form of the answer: what `Accept` names, else that of the request."""
+    accept = request.headers.get("accept", "")
+    return next((form for form in (CONTENT_TYPE, _JSON) if form in accept), kind)
+
+
+def json_response(body: Any, status: int = 200) -> Response:
+    return Response(json.dumps(_finite(body), allow_nan=False), status, media_type=_JSON)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null stands for them."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+async def _answer_error(_: Request, error: Exception) -> Response:
+    return json_response(error_body(error), status_of(error))
+
+
+async def _answer_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    return json_response({"error": {"type": "ServiceError", "message": message}}, error.status_code)
+
+
+async def _answer_nobody(_: Request, error: Exception) -> Response:
+    """The client went away while it sent: nobody reads this."""
+    return json_response(error_body(ServiceUnavailable("the client went away")), 400)
+
+
+async def _answer_bug(_: Request, error: Exception) -> Response:
+    """A defect of the service; uvicorn logs its traceback."""
+    message = f"the rollout service has a defect, its log has the traceback: {type(error).__name__}: {error}"
+    return json_response({"error": {"type": "ServiceError", "message": message}}, 500)
