@@ -1,58 +1,192 @@
 """The learner's side of a weight update: parameters to bytes to every worker, with a version that only grows.
 
-rank 0: parameters → safetensors bytes (rollout dtype) → announce → transfer → commit on every worker's ack
+    snapshot (main thread): parameters ─► safetensors bytes in the rollout dtype, and the probe's log-probs
+    send (any thread):      the difference to what the service holds, or all ─► announce ─► transfer ─► commit
+
+Not here: when to publish (`feed.py`), the format of a difference (`rollout/delta.py`).
 """
 
 from __future__ import annotations
 
+import json
+import math
+import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
 
+import numpy as np
 import torch
-import xxhash
-from safetensors.torch import save
 from torch import nn
 
+from rlx.errors import WeightBaseMismatch
+from rlx.learner.parity import ProbeIds, probe_logprobs
+from rlx.rollout import delta
+from rlx.rollout.client import PublishTimes as PhaseTimes
 from rlx.rollout.client import RolloutClient
-from rlx.wire import TensorSpec, WeightManifest
+from rlx.rollout.manifest import fingerprint
+from rlx.wire import Probe, TensorSpec, WeightManifest
 
 _CODES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 
 
 @dataclass(frozen=True)
 class PublishTimes:
-    """Seconds: all of it, and the part in which workers were paused to swap."""
+    """Seconds of one update: all of `send` or `publish`; the bytes on their way; the longest pause of a worker.
+
+    `nbytes` were sent. `changed_fraction` of the elements differ from the update before, NaN where that is not known.
+    `behind` names the workers that did not take it.
+    """
 
     total_s: float
+    transfer_s: float
     pause_s: float
+    nbytes: int
+    changed_fraction: float
+    behind: tuple[str, ...] = ()
+
+    def metrics(self) -> dict[str, float]:
+        """`weights/…` by their names in metrics.jsonl."""
+        known = {} if math.isnan(self.changed_fraction) else {"weights/changed_fraction": self.changed_fraction}
+        return {"weights/bytes_sent": float(self.nbytes)} | known
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The weights at one moment: `payload` is the bytes of a safetensors file, read-only."""
+
+    payload: memoryview
+    tensors: tuple[TensorSpec, ...]
+    itemsize: int
+    probe: Probe | None = None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return fingerprint(self.payload)
+
+
+@dataclass
+class _Service:
+    """What one process of the service is known to have."""
+
+    base: Packed | None = None
+    """What it committed last."""
+    version_known: bool = False
 
 
 class Publisher:
-    """Publishes the model of one learner. `version` is what every worker serves, or None before the first publish."""
+    """Publishes the model of one learner. `version` is what the service last committed, None before the first.
 
-    def __init__(self, client: RolloutClient, dtype: torch.dtype, last_version: int = 0):
-        self._client, self._dtype = client, dtype
-        self._floor = last_version
+    Holds the bytes of that version: the next is sent as the difference to them. The first update, and the first after
+    `forget`, brings everything and is verified on every worker before that generates. Any thread may call `send` and
+    `forget`; one update is on its way at a time.
+    """
+
+    def __init__(
+        self,
+        client: RolloutClient,
+        dtype: torch.dtype,
+        last_version: int = 0,
+        *,
+        probe_ids: ProbeIds = (),
+        transfer: Literal["auto", "full"] = "auto",
+    ):
+        self._client, self._dtype, self._floor = client, dtype, last_version
+        self._probe_ids, self._transfer = probe_ids, transfer
+        self._turn = threading.Lock()
+        self._service = _Service()
+        self._committed: Packed | None = None
         self.version: int | None = None
 
     def publish(self, model: nn.Module) -> PublishTimes:
-        """Every worker serves these parameters when this returns. Raises WeightSyncError or DeadlineExceeded."""
+        """`snapshot` and `send`; `total_s` is of both."""
         started = time.perf_counter()
-        if self.version is None:
-            self._floor = max(self._floor, int(self._client.workers()["weight_version"]))
-        version = (self.version if self.version is not None else self._floor) + 1
-        manifest, payload = pack(model, self._dtype, version)
-        times = self._client.publish(manifest, payload)
-        self.version = version
-        return PublishTimes(time.perf_counter() - started, times.commit_s)
+        packed = self.snapshot(model)
+        return replace(self.send(packed), total_s=time.perf_counter() - started)
+
+    def snapshot(self, model: nn.Module) -> Packed:
+        """A copy of the parameters of `model`, which is not wrapped for data parallelism, and the probe's log-probs."""
+        probe = probe_logprobs(model, self._probe_ids) if self._probe_ids else None
+        return pack(model, self._dtype, probe)
+
+    def send(self, packed: Packed) -> PublishTimes:
+        """The service serves these weights when this returns.
+
+        Weights that were committed last keep their version where the service has an older one: a service that was
+        started anew gets them back. Raises ServiceUnavailable, WeightSyncError (also ParityError) or DeadlineExceeded;
+        `version` is then as before, and `send` may be called again.
+        """
+        with self._turn:
+            started, service = time.perf_counter(), self._service
+            version = self._next_version(packed, service)
+            try:
+                manifest, times, changed = self._transmit(packed, version, service)
+            except BaseException:
+                service.version_known = False  # what was asked for may have happened all the same
+                raise
+            service.base = self._committed = packed
+            self.version = version
+        total_s = time.perf_counter() - started
+        return PublishTimes(total_s, times.transfer_s, times.pause_s, manifest.travels, changed, times.behind)
+
+    def forget(self) -> None:
+        """The service is another process than before: it has nothing, and its workers are to be verified."""
+        self._service = _Service()
+
+    def _next_version(self, packed: Packed, service: _Service) -> int:
+        if not service.version_known:
+            serving = int(self._client.workers()["weight_version"])
+            service.version_known = True
+            if packed is self._committed and self.version is not None and serving < self.version:
+                return self.version
+            self._floor = max(self._floor, serving)
+        return max(self._floor, self.version or 0) + 1
+
+    def _transmit(self, packed: Packed, version: int, service: _Service) -> tuple[WeightManifest, PhaseTimes, float]:
+        """The manifest that was committed, its times, and the changed fraction."""
+        whole = WeightManifest(
+            version, len(packed.payload), packed.fingerprint, packed.tensors,
+            probe=packed.probe, gate=service.base is None,
+        )  # fmt: skip
+        changed = math.nan
+        if service.base is not None and self._transfer == "auto":
+            found = delta.encode(service.base.payload, packed.payload, packed.itemsize)
+            changed = found.changed_fraction
+            if found.data is not None:
+                part = replace(whole, base_fingerprint=service.base.fingerprint, transfer_nbytes=len(found.data))
+                try:
+                    return part, self._client.publish(part, found.data), changed
+                except WeightBaseMismatch:
+                    pass  # it holds other weights; it gets everything
+        return whole, self._client.publish(whole, packed.payload), changed
 
 
-def pack(model: nn.Module, dtype: torch.dtype, version: int) -> tuple[WeightManifest, bytes]:
-    """The parameters of `model` in Hugging Face naming as safetensors bytes of `dtype`, and their manifest.
+def pack(model: nn.Module, dtype: torch.dtype, probe: Probe | None = None) -> Packed:
+    """The parameters of `model` in Hugging Face naming as safetensors bytes of `dtype`.
 
-    A tied head is one parameter and travels once, under the embedding's name.
+    A tied head is one parameter and travels once, under the embedding's name. One copy: each parameter is converted
+    into its place.
     """
-    tensors = {name: p.detach().to("cpu", dtype).contiguous() for name, p in model.named_parameters()}
-    payload = save(tensors)
-    specs = tuple(TensorSpec(name, _CODES[dtype], tuple(t.shape)) for name, t in tensors.items())
-    return WeightManifest(version, len(payload), xxhash.xxh3_128_hexdigest(payload), specs), payload
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    tensors = tuple(TensorSpec(name, _CODES[dtype], tuple(p.shape)) for name, p in parameters.items())
+    ends = np.cumsum([0, *(p.numel() * dtype.itemsize for p in parameters.values())]).tolist()
+    head = _header(tensors, ends)
+    payload = memoryview(np.empty(len(head) + ends[-1], np.uint8))  # type: ignore[arg-type]
+    payload[: len(head)] = head
+    for parameter, start, end in zip(parameters.values(), ends, ends[1:], strict=False):
+        if start < end:
+            place = torch.frombuffer(payload, dtype=dtype, count=parameter.numel(), offset=len(head) + start)
+            place.view(parameter.shape).copy_(parameter)
+    return Packed(payload.toreadonly(), tensors, dtype.itemsize, probe)
+
+
+def _header(tensors: tuple[TensorSpec, ...], ends: list[int]) -> bytes:
+    """What a safetensors file begins with: the length of its JSON, then that, filled up to a multiple of 8."""
+    entries = {
+        t.name: {"dtype": t.dtype, "shape": t.shape, "data_offsets": [start, end]}
+        for t, start, end in zip(tensors, ends, ends[1:], strict=False)
+    }
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

@@ -157,7 +157,7 @@ def _pieces(view: memoryview, head: _Head) -> Iterator[_Piece]:
         changed, length = _PIECE.unpack_from(view, at)
         at += _PIECE.size
         size = min(head.elements, total - first)
-        if changed > size or at + length > len(view):
+        if at + length > len(view):
             raise ValueError(f"the piece at element {first} is longer than it can be")
         yield _Piece(first, size, changed, at, at + length)
         at += length
