@@ -73,7 +73,7 @@ def _data_plane(service: RolloutService) -> APIRouter:
 
     @router.get("/workers")
     async def workers() -> Response:
-        version, statuses = service.fleet.weight_version, [asdict(status) for status in service.fleet.statuses()]
+        version, statuses = service.fleet.weight_version, [asdict(status) for status in service.workers()]
         return json_response({"weight_version": version, "instance": service.instance, "workers": statuses})
 
     return router

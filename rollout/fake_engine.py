@@ -94,6 +94,7 @@ class FakeEngine:
 
     async def start(self) -> None:
         self._fail()
+        await self.close()
         self._closed = False
         self._load_weights(0, "")
         self._open.set()

@@ -1,10 +1,11 @@
 """The rollout service, without HTTP and without Ray.
 
-    GroupRequest ─► GroupStore (one task per key) ─► worker with the least in flight ─► episodes
-                                                                 GroupResult ◄─ scorer: rewards ◄──┘
+    GroupRequest ─► GroupStore (one task per key) ─► router: a worker ─► episodes
+         GroupResult ◄───────────────────────── scorer: rewards ◄────────────┘
 
-Everything runs in one event loop. A group outlives the caller that submitted it; every wait has a deadline that names
-who was waited for. `start` → rollouts and weight updates → `drain`.
+Everything runs in one event loop. A group outlives the caller that submitted it, and the worker that generated it: it
+is generated anew on another one. Every wait has a deadline that names who was waited for. `start` → rollouts, weight
+updates, workers that join and leave → `drain`.
 """
 
 from __future__ import annotations
@@ -16,29 +17,28 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from rlx.config.sections import ServiceSection
-from rlx.episode import Episode
-from rlx.errors import RlxError, ServiceError, ServiceUnavailable
+from rlx.config.sections import AsyncSection, ServiceSection
+from rlx.errors import RequestTooLong, RlxError, ServiceError, ServiceUnavailable
 from rlx.rollout.deadline import deadline
 from rlx.rollout.fleet import Fleet, Member
+from rlx.rollout.group_runner import EPISODES, REWARDS, GroupRunner
 from rlx.rollout.groups import GroupStore, check_session
+from rlx.rollout.router import Router
 from rlx.rollout.supervisor import Supervisor
 from rlx.rollout.weight_updates import WeightUpdates
 from rlx.rollout.weights_store import remove_leftovers
-from rlx.rollout.worker import Episodes, Scorer, Worker
-from rlx.wire import GroupRequest, GroupResult, RewardOutcome, WireError
+from rlx.rollout.worker import Episodes, Scorer, Worker, WorkerStatus
+from rlx.wire import GroupRequest, GroupResult, WireError
 
 KEPT_GROUPS, KEPT_BYTES = 4096, 2**30
 CLOSE_TIMEOUT_S = 20.0
-EPISODE_REWARD = "episode"
-"""The name of the column of rewards that the episodes themselves give."""
-_REWARDS, _EPISODES = "the reward functions", "the rollout function"
+MAX_NEW_WORKERS = 64
 _log = logging.getLogger(__name__)
 
 
@@ -53,22 +53,32 @@ class LoadProgress:
 
 
 class RolloutService:
+    """`max_model_len`: tokens of the workers' context, when it is known. `make_worker` gives one more worker, with a
+    name of its own, for `add_workers`."""
+
     def __init__(
         self,
         workers: list[Worker],
         scorer: Scorer,
         episodes: Episodes,
         settings: ServiceSection,
+        async_settings: AsyncSection | None = None,
         *,
         model: str,
         start_timeout_s: float,
+        max_model_len: int | None = None,
+        make_worker: Callable[[], Worker] | None = None,
     ):
         self.model = model
         self.instance = uuid.uuid4().hex
         """Of this process: another one knows nothing of what was sent here."""
         self.fleet = Fleet(workers, settings)
-        self.weights = WeightUpdates(self.fleet, settings)
+        self.weights = WeightUpdates(self.fleet, settings, async_settings)
         self.supervisor = Supervisor(self.fleet, self.weights, settings, start_timeout_s)
+        self.router = Router(self.fleet)
+        self._runner = GroupRunner(episodes, scorer, settings.group_timeout, self.fleet.describe)
+        self._max_model_len, self._make_worker = max_model_len, make_worker
+        self._leaving: set[asyncio.Task[None]] = set()
         self._scorer, self._episodes, self._settings = scorer, episodes, settings
         self._groups = GroupStore(KEPT_GROUPS, KEPT_BYTES)
         self._state, self._cause = "loading", ""
@@ -76,9 +86,9 @@ class RolloutService:
         self._parts: dict[str, Callable[[], Awaitable[None]]] = {
             m.name: partial(self.supervisor.bring_up, m) for m in self.fleet.members
         }
-        self._parts[_REWARDS] = scorer.start
+        self._parts[REWARDS] = scorer.start
         if episodes.own_reward:  # plain replies have nothing to start
-            self._parts[_EPISODES] = episodes.start
+            self._parts[EPISODES] = episodes.start
         self._session: str | None = None
         self._up: set[str] = set()
 
@@ -115,21 +125,22 @@ class RolloutService:
             self._state = "stopping"
         if running := self._groups.running():
             await asyncio.wait(running, timeout=timeout_s)
-        leftovers = self._groups.running()
+        leftovers: list[asyncio.Task[Any]] = [*self._groups.running(), *self._leaving]
         for task in leftovers:
             task.cancel()
         await asyncio.gather(*leftovers, return_exceptions=True)
+        await self.router.close()
         await self.supervisor.close()
         self.weights.close()
         closes = [(m.name, m.worker.close()) for m in self.fleet.members]
-        closes += [(_EPISODES, self._episodes.close()), (_REWARDS, self._scorer.close())]
+        closes += [(EPISODES, self._episodes.close()), (REWARDS, self._scorer.close())]
         await asyncio.gather(*(self._close_part(name, close) for name, close in closes))
 
     async def _start_part(self, name: str, start: Awaitable[None], progress: Callable[[LoadProgress], None]) -> None:
         try:
             await start
         except RlxError as error:
-            if name in str(error) or name in (_REWARDS, _EPISODES):
+            if name in str(error) or name in (REWARDS, EPISODES):
                 raise
             raise type(error)(f"worker {name}: {error}") from error
         self._up.add(name)
@@ -162,7 +173,7 @@ class RolloutService:
             "cause": cause,
             "instance": self.instance,
             "weight_version": self.fleet.weight_version,
-            "workers": [asdict(status) for status in self.fleet.statuses()],
+            "workers": [asdict(status) for status in self.workers()],
         }
         if self._state == "loading":
             body["progress"] = asdict(self.load_progress())
@@ -201,54 +212,80 @@ class RolloutService:
 
     async def rollout(self, request: GroupRequest) -> GroupResult:
         """The scored group of `request`; the same key again gives the same result, or joins the running one."""
-        check_request(request)
-        self.check_serving()
-        return await self._groups.get(request, self._run_group)
+        self._check(request)
+        return await self._groups.get(request, partial(self._runner.run_on, self.router.assign))
+
+    async def on_worker(self, request: GroupRequest, work: Callable[[Member], Awaitable[GroupResult]]) -> GroupResult:
+        """What `work` makes of the group on a worker of the router's choice; otherwise a group as any other: with its
+        deadline, cancelled and drained as one."""
+        self._check(request)
+
+        async def run(_: GroupRequest) -> GroupResult:
+            seconds = min(request.deadline_s, self._settings.group_timeout)
+            async with (
+                deadline(seconds, lambda: f"group {request.key!r} was not done within its {seconds:g} s"),
+                self.router.assign(request) as member,
+            ):
+                return await work(member)
+
+        return await self._groups.get(request, run)
 
     def cancel(self, keys: Iterable[str]) -> list[str]:
         """Stop the running groups among `keys` and name them; who waits for one gets GroupCancelled."""
         return self._groups.cancel(keys)
 
-    async def _run_group(self, request: GroupRequest) -> GroupResult:
-        seconds = min(request.deadline_s, self._settings.group_timeout)
-        waiting_for = "a worker"
-        async with deadline(
-            seconds,
-            lambda: f"group {request.key!r}: {waiting_for} did not answer within the {seconds:g} s of the group",
-        ):
-            start = time.monotonic()
-            with self.fleet.assign(request.num_generations) as member:
-                waiting_for = f"worker {member.name}"
-                episodes = await self._episodes.run(member.worker, request)
-            generated = time.monotonic()
-            waiting_for = f"{_REWARDS} (trl.reward_funcs)"
-            rewards, metrics = await self._scorer.score(request, episodes)
-        if self._episodes.own_reward:
-            rewards.append(_own_rewards(episodes))
-        return GroupResult(
-            key=request.key,
-            episodes=tuple(episodes),
-            rewards=tuple(rewards),
-            worker=member.name,
-            generation_s=generated - start,
-            reward_s=time.monotonic() - generated,
-            metrics=metrics,
-        )
-
-    def add_workers(self, count: int) -> list[str]:
-        raise ServiceError("this service cannot start more workers")
-
-    def remove_worker(self, name: str) -> None:
-        raise ServiceError("this service cannot remove workers")
+    def _check(self, request: GroupRequest) -> None:
+        check_request(request)
+        if self._max_model_len is not None and request.prompt_ids.size >= self._max_model_len:
+            raise RequestTooLong(
+                f"group {request.key!r}: a prompt of {request.prompt_ids.size} tokens leaves no room for a completion in "
+                f"the context of {self._max_model_len}; shorten it, or raise vllm.max_model_len"
+            )
+        self.check_serving()
 
     # --- the workers themselves -----------------------------------------------------------------------------------
+
+    def workers(self) -> list[WorkerStatus]:
+        return [
+            replace(status, restarts=member.restarts, limit=self.router.limit(member).sequences)
+            for status, member in zip(self.fleet.statuses(), self.fleet.members, strict=True)
+        ]
+
+    def add_workers(self, count: int) -> list[str]:
+        """Start `count` more and name them; each serves once it has the newest weights and is verified."""
+        self.check_serving()
+        if self._make_worker is None:
+            raise ServiceError("this service cannot start more workers")
+        if not 1 <= count <= MAX_NEW_WORKERS:
+            raise WireError(f"count must be 1 to {MAX_NEW_WORKERS}, got {count}")
+        return [self.supervisor.admit(self._make_worker()).name for _ in range(count)]
+
+    def remove_worker(self, name: str) -> None:
+        """It gets no more groups, has `service.drain_timeout` seconds for those that it has, then leaves; what it did
+        not finish is generated anew on another one."""
+        self.check_serving()
+        staying = [m.name for m in self.fleet.members if m.state not in ("draining", "gone")]
+        if name not in [m.name for m in self.fleet.members]:
+            raise WireError(f"there is no worker {name!r}; the workers are: {', '.join(staying)}")
+        if staying == [name]:
+            raise WireError(f"{name} is the only worker; add another one first")
+        task = asyncio.create_task(self._retire(name), name=f"{name} leaves")
+        self._leaving.add(task)
+        task.add_done_callback(self._leaving.discard)
+
+    async def _retire(self, name: str) -> None:
+        try:
+            await self.supervisor.retire(name)
+        except RlxError as error:
+            _log.warning("while %s left: %s", name, error)
 
     async def openai(self, route: str, body: dict[str, Any]) -> dict[str, Any] | AsyncIterator[str]:
         """An OpenAI-shaped request on the least busy worker; one deadline for the answer or, streamed, its start."""
         self.check_serving()
         seconds = self._settings.group_timeout
-        with ExitStack() as held:
-            member = held.enter_context(self.fleet.assign(1))
+        async with deadline(seconds, lambda: f"no worker was free within {seconds:g} s: {self.fleet.describe()}"):
+            member, held = await self.router.place(1, 1)
+        with held:
             async with deadline(seconds, lambda: f"worker {member.name} did not answer within {seconds:g} s"):
                 answer = await member.worker.openai(route, body)
             if isinstance(answer, dict):
@@ -281,12 +318,6 @@ async def _hold_while_streaming(
             if line is None:
                 return
             yield line
-
-
-def _own_rewards(episodes: list[Episode]) -> RewardOutcome:
-    """The rewards that the episodes gave themselves; an episode that failed has none."""
-    values = [e.reward if e.scorable and e.reward is not None else np.nan for e in episodes]
-    return RewardOutcome(EPISODE_REWARD, np.array(values, dtype=np.float32), 0.0)
 
 
 def check_request(request: GroupRequest) -> None:

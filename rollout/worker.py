@@ -30,7 +30,9 @@ class EngineLoad:
 
 @dataclass(frozen=True)
 class WorkerStatus:
-    """`state`: loading, ready or down; `cause` says why it is down. `token_age_s`: seconds since it generated a token."""
+    """`state`: of a worker itself loading, ready or down, of a member of the fleet those of `fleet.State`; `cause` says
+    why it is not ready. `token_age_s`: seconds since it generated a token. `restarts`: since it last worked; `limit`:
+    sequences that the router gives it at most."""
 
     name: str
     state: str
@@ -41,6 +43,8 @@ class WorkerStatus:
     pid: int = 0
     cause: str = ""
     load: EngineLoad = EngineLoad()
+    restarts: int = 0
+    limit: int = 0
 
 
 class Worker(Protocol):

@@ -145,10 +145,10 @@ def weights(version: int, data: bytes) -> WeightManifest:
 
 
 def make_service(
-    workers: list[LocalWorker], scorer: LocalScorer | None = None, settings: ServiceSection = QUICK
+    workers: list[Any], scorer: LocalScorer | None = None, settings: ServiceSection = QUICK, **more: Any
 ) -> RolloutService:
     return RolloutService(
-        workers, scorer or LocalScorer(), SingleTurn(), settings, model="tiny-model", start_timeout_s=5
+        workers, scorer or LocalScorer(), SingleTurn(), settings, model="tiny-model", start_timeout_s=5, **more
     )
 
 

@@ -22,6 +22,7 @@ from service_parts import (
 from rlx.errors import (
     DeadlineExceeded,
     ModelError,
+    RequestTooLong,
     ServiceError,
     ServiceUnavailable,
     UserCodeError,
@@ -194,29 +195,135 @@ async def test_groups_go_to_the_worker_with_the_least_completions_in_flight():
         assert [status.in_flight for status in service.fleet.statuses()] == [0, 0]
 
 
-async def test_a_dead_worker_is_named_with_its_cause_and_gets_no_more_work():
+async def test_a_dead_worker_is_named_with_its_cause_and_its_group_moves_to_another():
     dead, alive = LocalWorker("dead"), LocalWorker("alive")
     async with started(make_service([dead, alive])) as service:
         dead.dead = "out of memory"
-        with pytest.raises(ServiceUnavailable, match="dead died: out of memory"):
-            await service.rollout(group("first"))
+        dead.open.clear()  # its new process does not come up
         assert (await service.rollout(group("first"))).worker == "alive"
+        await eventually(lambda: service.fleet.members[0].state == "restarting")
         ok, body = service.health()
         assert ok
         assert body["status"] == "degraded"
-        assert "dead is down (worker dead died: out of memory)" in body["cause"]
+        assert "dead is restarting (worker dead died: out of memory)" in body["cause"]
 
 
-async def test_a_worker_that_dies_idle_is_found_by_the_probe_and_comes_back_with_it():
+async def test_a_group_waits_for_the_only_worker_to_come_back_and_is_generated_once():
     worker = LocalWorker("w")
     async with started(make_service([worker])) as service:
-        assert service.health()[0]
+        worker.open.clear()
+        running = asyncio.create_task(service.rollout(group()))
+        await eventually(lambda: rollouts_of(worker))
         worker.dead = "killed"
+        worker.open.set()
         await eventually(lambda: service.health()[1]["status"] == "down")
-        with pytest.raises(ServiceUnavailable, match="killed"):
-            await service.rollout(group())
         worker.dead = ""
+        result = await running
+        assert rollouts_of(worker) == ["g-1", "g-1"]
+        assert len(result.episodes) == 2
         await eventually(lambda: service.health()[0])
+
+
+async def test_a_group_that_loses_every_worker_that_it_gets_ends_with_all_causes():
+    class Fragile(LocalWorker):
+        async def generate(self, request_id, *rest):
+            if request_id.startswith("probe"):
+                return await super().generate(request_id, *rest)
+            self.generated.append(request_id)
+            raise ServiceUnavailable(f"worker {self.name} died: reason {self.name}")
+
+    workers = [Fragile(name) for name in "abcd"]
+    async with started(make_service(workers)) as service:
+        with pytest.raises(ServiceUnavailable) as caught:
+            await service.rollout(group())
+    assert sum(len(rollouts_of(worker)) for worker in workers) == 3
+    assert str(caught.value) == (
+        "worker c died: reason c; before that: worker a died: reason a; worker b died: reason b"
+    )
+
+
+async def test_a_group_whose_deadline_passes_while_workers_restart_says_so():
+    worker = LocalWorker("w")
+    async with started(make_service([worker])) as service:
+        worker.dead = "killed"
+        worker.open.clear()
+        with pytest.raises(DeadlineExceeded, match=r"a worker \(w is restarting \(worker w died: killed\)\) did not"):
+            await service.rollout(group(deadline_s=0.4))
+
+
+async def test_when_no_worker_can_come_back_groups_are_refused_at_once_with_the_causes():
+    workers = [LocalWorker("a"), LocalWorker("b")]
+    settings = QUICK.model_copy(update={"max_restarts": 0})
+    async with started(make_service(workers, settings=settings)) as service:
+        for worker in workers:
+            worker.open.clear()
+        waiting = [asyncio.create_task(service.rollout(group(f"g{i}", deadline_s=60))) for i in range(3)]
+        await eventually(lambda: all(rollouts_of(worker) for worker in workers))
+        for worker in workers:
+            worker.dead = f"reason {worker.name}"
+            worker.open.set()
+        for error in await asyncio.gather(*waiting, service.rollout(group("late")), return_exceptions=True):
+            assert isinstance(error, ServiceUnavailable)
+            assert "worker a died: reason a" in str(error)
+            assert "worker b died: reason b" in str(error)
+
+
+async def test_workers_join_and_leave_while_groups_run():
+    first, made = LocalWorker("first"), []
+
+    def make_worker():
+        made.append(LocalWorker(f"new-{len(made)}"))
+        return made[-1]
+
+    service = make_service([first], make_worker=make_worker)
+    async with started(service):
+        await publish(service, 1, b"abcd")
+        first.open.clear()
+        running = asyncio.create_task(service.rollout(group("running")))
+        await eventually(lambda: rollouts_of(first))
+        assert service.add_workers(2) == ["new-0", "new-1"]
+        await eventually(lambda: len(service.fleet.ready()) == 3)
+        assert [worker.committed for worker in made] == [[b"abcd"], [b"abcd"]], "they caught up before they served"
+        assert (await service.rollout(group("next"))).worker in ("new-0", "new-1")
+        service.remove_worker("first")
+        assert service.workers()[0].state == "ready"
+        await eventually(lambda: service.workers()[0].state == "draining")
+        first.open.set()
+        assert (await running).worker == "first", "it finishes what it has"
+        await eventually(lambda: [w.name for w in service.workers()] == ["new-0", "new-1"])
+        assert first.closed
+        with pytest.raises(WireError, match="no worker 'first'; the workers are: new-0, new-1"):
+            service.remove_worker("first")
+        service.remove_worker("new-1")
+        await eventually(lambda: len(service.workers()) == 1)
+        with pytest.raises(WireError, match="the only worker"):
+            service.remove_worker("new-0")
+
+
+async def test_what_a_leaving_worker_does_not_finish_is_generated_anew_on_another():
+    class Leaving(LocalWorker):
+        async def close(self):
+            self.dead = "it was closed"
+            self.open.set()
+            await super().close()
+
+    workers = [Leaving("a"), LocalWorker("b")]
+    async with started(make_service(workers, settings=QUICK.model_copy(update={"drain_timeout": 0.1}))) as service:
+        workers[0].open.clear()
+        running = asyncio.create_task(service.rollout(group()))
+        await eventually(lambda: rollouts_of(workers[0]))
+        service.remove_worker("a")
+        assert (await running).worker == "b"
+        assert rollouts_of(workers[0]) == rollouts_of(workers[1]) == ["g-1"]
+
+
+async def test_a_prompt_without_room_in_the_context_is_refused_at_once():
+    worker = LocalWorker()
+    async with started(make_service([worker], max_model_len=8)) as service:
+        with pytest.raises(RequestTooLong, match=r"'g-1': a prompt of 8 tokens .* context of 8.*vllm\.max_model_len"):
+            await service.rollout(replace(group(), prompt_ids=np.arange(8, dtype=np.int32)))
+        assert (await service.rollout(replace(group(), prompt_ids=np.arange(7, dtype=np.int32)))).key == "g-1"
+    assert rollouts_of(worker) == ["g-1"]
 
 
 async def test_health_wants_a_real_token_not_only_an_answer():

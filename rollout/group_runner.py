@@ -1,0 +1,98 @@
+"""One group from request to scored result, on whichever worker it is given; without HTTP and without a fleet."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+
+import numpy as np
+
+from rlx.episode import Episode
+from rlx.errors import ServiceUnavailable
+from rlx.rollout.deadline import deadline
+from rlx.rollout.fleet import Member
+from rlx.rollout.worker import Episodes, Scorer, Worker
+from rlx.wire import GroupRequest, GroupResult, RewardOutcome
+
+EPISODE_REWARD = "episode"
+"""The name of the column of rewards that the episodes themselves give."""
+MAX_WORKERS_LOST = 3
+REWARDS, EPISODES = "the reward functions", "the rollout function"
+Assign = Callable[[GroupRequest], AbstractAsyncContextManager[Member]]
+"""Waits for a worker and holds it while its context is open."""
+
+
+class GroupRunner:
+    """Runs groups. `group_timeout`: seconds that one may take at most, whatever its request says; `describe` says why
+    there is no worker, for the message of a group whose deadline passed meanwhile."""
+
+    def __init__(
+        self,
+        episodes: Episodes,
+        scorer: Scorer,
+        group_timeout: float = 600.0,
+        describe: Callable[[], str] = lambda: "",
+    ):
+        self._episodes, self._scorer = episodes, scorer
+        self._group_timeout, self._describe = group_timeout, describe
+
+    async def run(self, worker: Worker, request: GroupRequest) -> GroupResult:
+        """The scored group, on this worker or not at all."""
+
+        @asynccontextmanager
+        async def here(_: GroupRequest) -> AsyncIterator[Member]:
+            yield Member(worker)
+
+        return await self.run_on(here, request, max_lost=1)
+
+    async def run_on(self, assign: Assign, request: GroupRequest, max_lost: int = MAX_WORKERS_LOST) -> GroupResult:
+        """The scored group. When its worker is lost it is generated anew, whole, on the next that `assign` gives;
+        `max_lost` workers at most, within the one deadline of the group."""
+        seconds = min(request.deadline_s, self._group_timeout)
+        waiting_for = ""
+
+        def message() -> str:
+            who = waiting_for or f"a worker ({self._describe()})"
+            return f"group {request.key!r}: {who} did not answer within the {seconds:g} s of the group"
+
+        async with deadline(seconds, message):
+            start = time.monotonic()
+            lost: list[str] = []
+            while True:
+                worker, waiting_for = "", ""
+                try:
+                    async with assign(request) as member:
+                        worker = member.name
+                        waiting_for = f"worker {worker}"
+                        episodes = await self._episodes.run(member.worker, request)
+                    break
+                except ServiceUnavailable as error:
+                    if not worker or len(lost) + 1 >= max_lost:
+                        raise _with_earlier(error, lost) from error
+                    lost.append(str(error))
+            generated = time.monotonic()
+            waiting_for = f"{REWARDS} (trl.reward_funcs)"
+            rewards, metrics = await self._scorer.score(request, episodes)
+        if self._episodes.own_reward:
+            rewards.append(_own_rewards(episodes))
+        return GroupResult(
+            key=request.key,
+            episodes=tuple(episodes),
+            rewards=tuple(rewards),
+            worker=worker,
+            generation_s=generated - start,
+            reward_s=time.monotonic() - generated,
+            metrics=metrics,
+        )
+
+
+def _with_earlier(error: ServiceUnavailable, lost: list[str]) -> ServiceUnavailable:
+    earlier = f"; before that: {'; '.join(lost)}" if lost else ""
+    return ServiceUnavailable(f"{error}{earlier}")
+
+
+def _own_rewards(episodes: list[Episode]) -> RewardOutcome:
+    """The rewards that the episodes gave themselves; an episode that failed has none."""
+    values = [e.reward if e.scorable and e.reward is not None else np.nan for e in episodes]
+    return RewardOutcome(EPISODE_REWARD, np.array(values, dtype=np.float32), 0.0)

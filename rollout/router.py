@@ -1,0 +1,175 @@
+"""Which worker a group goes to, and when.
+
+    place ──► queue, first come first served ──► the ready worker with room and the fewest tokens in flight
+
+A whole group goes to one worker, where its prompt is computed once and shared by the samples. How many sequences a
+worker gets is found by asking it how loaded it is: more while nothing waits in its engine, less once its key-value
+cache overflows and work is thrown away. Those beyond wait here, where they can still go to any worker and be
+cancelled for nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass
+
+from rlx.errors import DeadlineExceeded, RlxError, ServiceUnavailable
+from rlx.rollout.deadline import answer_of
+from rlx.rollout.fleet import Fleet, Member
+from rlx.rollout.worker import EngineLoad
+from rlx.wire import GroupRequest
+
+POLL_S = 0.5
+POLL_COST_S = 0.002
+"""The polls of many workers are spread so that they take the gateway no more than about this share of a second each."""
+STATUS_TIMEOUT_S = 10.0
+FIRST_LIMIT, STEP = 64, 8
+FULL = 0.95
+"""Share of the key-value cache from which on a worker gets no more than it has."""
+
+
+@dataclass
+class Limit:
+    """How many sequences a worker may have: doubled until the first sign that it is full, from then on STEP more at a
+    time (additive increase) and a fifth less whenever its engine preempted something (multiplicative decrease)."""
+
+    sequences: int = FIRST_LIMIT
+    preemptions: int = 0
+    doubling: bool = True
+
+    def learn(self, load: EngineLoad, in_flight: int) -> None:
+        """`in_flight`: the sequences that it was given."""
+        preempted, self.preemptions = load.preemptions > self.preemptions, load.preemptions
+        if preempted:
+            self.sequences = max(1, min(self.sequences, load.running + load.waiting) * 4 // 5)
+            self.doubling = False
+        elif load.waiting or load.kv_cache_usage > FULL:
+            self.doubling = False
+        elif in_flight >= self.sequences * 3 // 4:
+            self.sequences += self.sequences if self.doubling else STEP
+
+
+@dataclass(eq=False)
+class _Waiter:
+    completions: int
+    tokens: int
+    place: asyncio.Future[tuple[Member, ExitStack]]
+
+
+class Router:
+    """Consumes what wants a worker, produces members that are charged with it until it ends."""
+
+    def __init__(self, fleet: Fleet):
+        self._fleet = fleet
+        self._limits: dict[str, Limit] = {}
+        self._queue: deque[_Waiter] = deque()
+        self._minding: asyncio.Task[None] | None = None
+
+    @property
+    def waiting(self) -> int:
+        """How many wait for room."""
+        return len(self._queue)
+
+    def limit(self, member: Member) -> Limit:
+        return self._limits.setdefault(member.name, Limit())
+
+    @asynccontextmanager
+    async def assign(self, request: GroupRequest) -> AsyncIterator[Member]:
+        """A worker for the group, as long as the body runs. Waits for one; the caller bounds it."""
+        n = request.num_generations
+        member, held = await self.place(n, n * (request.prompt_ids.size + request.sampling.max_tokens))
+        with held:
+            yield member
+
+    async def place(self, completions: int, tokens: int) -> tuple[Member, ExitStack]:
+        """A worker, charged until the second value is closed. ServiceUnavailable when none can come back."""
+        waiter = _Waiter(completions, tokens, asyncio.get_running_loop().create_future())
+        self._queue.append(waiter)
+        self._dispatch()
+        if self._minding is None or self._minding.done():
+            self._minding = asyncio.create_task(self._mind(), name="router")
+        try:
+            return await waiter.place
+        except asyncio.CancelledError:
+            if waiter in self._queue:
+                self._queue.remove(waiter)
+                self._dispatch()
+            elif not waiter.place.cancelled() and waiter.place.exception() is None:
+                waiter.place.result()[1].close()
+            raise
+
+    async def close(self) -> None:
+        if self._minding is not None:
+            self._minding.cancel()
+            await asyncio.gather(self._minding, return_exceptions=True)
+
+    def _dispatch(self) -> None:
+        """Give the first in the queue their workers, as far as there is room."""
+        while self._queue:
+            first = self._queue[0]
+            free = [m for m in self._fleet.ready() if self._has_room(m, first.completions)]
+            if not free:
+                break
+            self._queue.popleft()
+            if not first.place.done():
+                held = ExitStack()
+                member = min(free, key=lambda m: (m.tokens_in_flight, m.in_flight))
+                held.enter_context(self._charged(member, first))
+                first.place.set_result((member, held))
+
+    def _has_room(self, member: Member, completions: int) -> bool:
+        """An idle worker takes any group, also one that is larger than its limit."""
+        return not member.in_flight or member.in_flight + completions <= self.limit(member).sequences
+
+    @contextmanager
+    def _charged(self, member: Member, waiter: _Waiter) -> Iterator[None]:
+        try:
+            with self._fleet.charging(member, waiter.completions, waiter.tokens):
+                yield
+        finally:
+            self._dispatch()
+
+    async def _mind(self) -> None:
+        """While anything waits or runs: ask the busy workers for their load, and look whether somebody is ready."""
+        while self._queue or self._busy():
+            pause_s = max(POLL_S, POLL_COST_S * len(self._busy()))
+            if self._queue and not self._fleet.ready():
+                await self._wait_ready(pause_s)
+            else:
+                await asyncio.sleep(pause_s)
+                await asyncio.gather(*(self._ask(member) for member in self._busy()))
+            self._dispatch()
+
+    async def _wait_ready(self, seconds: float) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._fleet.wait_ready()
+        except TimeoutError:
+            pass  # the next look does the same; meanwhile whoever waited may be gone
+        except ServiceUnavailable as error:
+            while self._queue:
+                waiter = self._queue.popleft()
+                if not waiter.place.done():
+                    waiter.place.set_exception(ServiceUnavailable(str(error)))
+
+    async def _ask(self, member: Member) -> None:
+        """Its load, and with it its limit. A worker that says it is gone is down; one that is late, the supervisor's
+        to judge."""
+        incarnation = member.incarnation
+        try:
+            status = await answer_of(member.name, STATUS_TIMEOUT_S, member.worker.status())
+        except DeadlineExceeded:
+            return
+        except RlxError as error:
+            if member.incarnation == incarnation:
+                self._fleet.mark_down(member, str(error))
+            return
+        if member.incarnation == incarnation:
+            member.observe(status)
+            self.limit(member).learn(status.load, member.in_flight)
+
+    def _busy(self) -> list[Member]:
+        return [m for m in self._fleet.members if m.in_flight and m.state in ("ready", "draining")]
