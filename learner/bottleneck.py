@@ -100,6 +100,10 @@ class StepTimes:
             "sample/age_in_queue_s": self.queue_s,
         }
 
+    def logs(self) -> dict[str, float | str]:
+        """`metrics`, with the verdict for metrics.jsonl as `bottleneck` and for the terminal as `bottleneck_line`."""
+        return {**self.metrics(), "bottleneck": self.headline(), "bottleneck_line": self.line()}
+
     @property
     def learner_s(self) -> float:
         """What a step would take if no group were missing."""

@@ -11,6 +11,7 @@ Not here: the factors of the loss (`loss_terms.py`), log-probabilities (`logprob
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -221,9 +222,14 @@ def _correction(
     )  # fmt: skip
     measured = sequences.one_each(importance_T) if mode.startswith("sequence") else importance_T
     metrics.add_mean("sampling/importance_sampling_ratio/mean", measured)
+    metrics.add_quantile("sampling/importance_sampling_ratio/p95", measured.log())
     metrics.add_maximum("sampling/importance_sampling_ratio/max", measured)
     if mode.endswith("mask"):
         metrics.add_mean("sampling/importance_sampling_ratio/masked_fraction", measured == 0)
+    else:
+        low, high = options.vllm_importance_sampling_clip_min, options.vllm_importance_sampling_clip_max
+        at_a_bound = (measured <= (0 if low is None else low)) | (measured >= (math.inf if high is None else high))
+        metrics.add_mean("sampling/importance_sampling_ratio/truncated_fraction", at_a_bound)
     return importance_T
 
 
@@ -231,4 +237,5 @@ def _measure_sampling_gap(metrics: LossMetrics, old_logprobs_T: Tensor, sampling
     gap_T = (old_logprobs_T - sampling_logprobs_T).detach().abs()
     gap_T = gap_T[~gap_T.isnan()]
     metrics.add_mean("sampling/sampling_logp_difference/mean", gap_T)
+    metrics.add_quantile("sampling/sampling_logp_difference/p95", gap_T)
     metrics.add_maximum("sampling/sampling_logp_difference/max", gap_T)

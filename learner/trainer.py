@@ -196,7 +196,7 @@ class GRPOTrainer(Trainer):
             logprobs_T, None, ref_logprobs_T, batch.sampling_logprobs_T, batch.advantages_T, batch.weights_T,
             batch.lengths_B, self._options, entropies_T, high_entropy_T, entropy_weight,
         )  # fmt: skip
-        self._loss_metrics = self._loss_metrics + LossMetrics(out.metrics.sums.cpu(), out.metrics.maxima.cpu())
+        self._loss_metrics = self._loss_metrics + out.metrics.cpu()
         if self._bonus.adaptive:
             acted_T = entropies_T.detach() if high_entropy_T is None else entropies_T.detach()[high_entropy_T]
             self._entropy_sum = self._entropy_sum + acted_T.sum().cpu()
@@ -206,10 +206,7 @@ class GRPOTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means since the last log: over steps for rollouts and times, over tokens for the loss."""
         if "loss" in logs:
-            metrics = LossMetrics(
-                self._ranks.sum_(self._loss_metrics.sums), self._ranks.max_(self._loss_metrics.maxima)
-            )
-            logs |= metrics.report()
+            logs |= self._loss_metrics.of_all(self._ranks).report()
             logs |= {name: _mean(values) for name, values in self._step_metrics.items()}
             self._loss_metrics, self._step_metrics = LossMetrics.zero(), {}
         super().log(logs, start_time)
