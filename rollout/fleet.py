@@ -50,7 +50,7 @@ newer weights. swapped: it took weights that are to be verified before they serv
 not answer. refused: it did not take weights, or has other log-probabilities than the learner."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Member:
     """One worker and what is known of it. `in_flight` counts completions, `tokens_in_flight` their tokens.
 

@@ -13,8 +13,8 @@ import safetensors.numpy
 import xxhash
 from service_parts import QUICK, LocalWorker, chunks, group, make_service, started, weights
 
-from rlx.errors import DeadlineExceeded, WeightSyncError
-from rlx.rollout import weights_store
+from rlx.errors import DeadlineExceeded, WeightBaseMismatch, WeightSyncError
+from rlx.rollout import delta, weights_store
 from rlx.rollout.engine_worker import EngineWorker
 from rlx.rollout.fake_engine import FakeEngine
 from rlx.wire import Sampling, TensorSpec, WeightManifest
@@ -161,3 +161,149 @@ async def test_tokens_in_flight_during_an_update_carry_both_versions():
         assert set(seen) <= {(0,), (0, 1)}
         after = await service.rollout(group("after"))
         assert {e.rows[0].versions[0][0] for e in after.episodes} == {1}
+
+
+# --- differences, and the file that stays ---
+
+
+def blocks(seed, changed=()):
+    values = np.random.default_rng(0).integers(0, 2**16, 5000, dtype=np.uint16)
+    values[list(changed)] += 1 + seed
+    return values.tobytes()
+
+
+def difference_to(base, version, data):
+    difference = delta.encode(base, data).data
+    return replace(
+        weights(version, data), base_fingerprint=xxhash.xxh3_128_hexdigest(base), transfer_nbytes=len(difference)
+    ), difference
+
+
+async def publish_difference(service, manifest, difference):
+    await service.weights.announce(manifest)
+    await service.weights.receive(manifest.version, chunks(difference, 100))
+    return await service.weights.commit(manifest.version)
+
+
+async def test_a_difference_to_the_last_update_makes_the_whole_of_the_next_bit_by_bit():
+    worker = LocalWorker()
+    async with started(make_service([worker])) as service:
+        old = blocks(0)
+        await publish(service, 1, old)
+        for version in (2, 3):
+            new = blocks(version, changed=range(version, 5000, 500))
+            manifest, difference = difference_to(old, version, new)
+            times = await publish_difference(service, manifest, difference)
+            assert worker.committed[-1] == new
+            assert times.nbytes == len(difference) < len(new) / 30
+            old = new
+
+
+@pytest.mark.parametrize("committed", [[], [b"abcd"]])
+async def test_a_difference_to_other_weights_is_refused_at_the_announcement_and_the_whole_is_taken(committed):
+    async with started(make_service([LocalWorker()])) as service:
+        for version, data in enumerate(committed, 1):
+            await publish(service, version, data)
+        manifest, _ = difference_to(blocks(0), 5, blocks(1, changed=[7]))
+        with pytest.raises(WeightBaseMismatch, match=r"weights 5 are a difference .* send them whole"):
+            await service.weights.announce(manifest)
+        assert (await publish(service, 5, blocks(1, changed=[7]))).version == 5
+
+
+async def test_an_announced_update_is_not_a_base_before_it_was_committed():
+    async with started(make_service([LocalWorker()])) as service:
+        await publish(service, 1, b"abcd")
+        await service.weights.announce(weights(2, blocks(0)))
+        await service.weights.receive(2, chunks(blocks(0)))
+        with pytest.raises(WeightBaseMismatch):
+            await service.weights.announce(difference_to(blocks(0), 3, blocks(1, changed=[7]))[0])
+
+
+async def test_a_difference_that_makes_other_weights_than_announced_is_refused_and_the_old_serve():
+    worker = LocalWorker()
+    async with started(make_service([worker])) as service:
+        await publish(service, 1, blocks(0))
+        _, difference = difference_to(blocks(0), 2, blocks(1, changed=[7]))
+        manifest, other = difference_to(blocks(0), 2, blocks(1, changed=[8]))
+        manifest = replace(manifest, transfer_nbytes=len(difference))
+        with pytest.raises(WeightSyncError, match="made for another update"):
+            await publish_difference(service, manifest, difference)
+        damaged = bytearray(other)
+        damaged[-1] ^= 1
+        with pytest.raises(WeightSyncError, match="damaged"):
+            await publish_difference(service, replace(manifest, transfer_nbytes=len(other)), damaged)
+        with pytest.raises(WeightSyncError, match="were announced, 20 came"):
+            await publish_difference(service, manifest, difference[:20])
+        assert len(worker.committed) == 1
+        await publish_difference(service, replace(manifest, transfer_nbytes=len(other)), other)
+        assert worker.committed[-1] == blocks(1, changed=[8])
+
+
+async def test_memory_holds_the_current_update_and_at_most_the_one_that_comes(monkeypatch, tmp_path):
+    monkeypatch.setattr(weights_store, "SHARED_MEMORY", tmp_path)
+    most = []
+
+    class Looking(LocalWorker):
+        async def announce(self, manifest):
+            most.append(len(list(tmp_path.iterdir())))
+
+        async def commit(self, manifest, path):
+            most.append(len(list(tmp_path.iterdir())))
+            return await super().commit(manifest, path)
+
+    async with started(make_service([Looking()])) as service:
+        for version in range(1, 6):
+            await service.weights.announce(weights(version, b"dead"))
+            await service.weights.receive(version, chunks(b"dead"))
+            assert len(list(tmp_path.iterdir())) == (1 if version == 1 else 2)
+            await publish(service, version, b"%04d" % version)
+            assert [path.read_bytes() for path in tmp_path.glob("*/*")] == [b"%04d" % version]
+    assert max(most) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_somebody_reads_stays_until_he_has_done(monkeypatch, tmp_path):
+    monkeypatch.setattr(weights_store, "SHARED_MEMORY", tmp_path)
+    file = weights_store.WeightFile(weights(1, b"abcd"))
+    with file.held(), file.held() as path:
+        file.remove()
+        assert path.parent.is_dir()
+    assert list(tmp_path.iterdir()) == []
+    file.remove()
+
+
+async def test_an_update_that_a_session_discards_while_it_comes_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(weights_store, "SHARED_MEMORY", tmp_path)
+    begun = asyncio.Event()
+
+    async def stalls():
+        yield b"ab"
+        begun.set()
+        await asyncio.sleep(0.01)
+        yield b"cd"
+
+    async with started(make_service([LocalWorker()])) as service:
+        await service.weights.announce(weights(1, b"abcd"))
+        coming = asyncio.create_task(service.weights.receive(1, stalls()))
+        await begun.wait()
+        service.weights.discard()
+        with pytest.raises(WeightSyncError, match="weights 1 were replaced"):
+            await coming
+        assert list(tmp_path.iterdir()) == []
+        with pytest.raises(WeightSyncError, match="not announced"):
+            await service.weights.commit(1)
+
+
+async def test_the_outcome_tells_every_workers_version_and_the_longest_pause():
+    slow, quick = LocalWorker("slow"), LocalWorker("quick")
+    async with started(make_service([slow, quick])) as service:
+        await service.weights.announce(weights(1, b"abcd"))
+        await service.weights.receive(1, chunks(b"abcd"))
+        slow.open.clear()
+        committing = asyncio.create_task(service.weights.commit(1))
+        await asyncio.sleep(0.1)
+        slow.open.set()
+        body = (await committing).to_json()
+        assert body["workers"] == {"slow": 1, "quick": 1}
+        assert body["behind"] == []
+        assert 0.1 <= body["pause_s"] <= body["commit_s"]
