@@ -13,7 +13,8 @@ from rich.console import Console
 
 Say = Callable[[str], None]
 WARNING = "warning: "
-"""Begins the lines of the service that `rlx run` shows also while it trains."""
+EVENT = "worker "
+"""Both begin lines of the service that `rlx run` shows also while it trains: one more, one fewer worker."""
 _LOOK_INTERVAL_S = 0.5
 _REPEAT_INTERVAL_S = 15.0
 _SILENT = ("waiting", "closed")

@@ -16,10 +16,10 @@ from rlx.wire import GroupRequest, RewardOutcome
 
 
 class RayScorer:
-    """The functions score side by side."""
+    """The functions score side by side. `of`: whose processes they are, where several scorers run side by side."""
 
-    def __init__(self, config: Config):
-        self.functions = [RewardPool(name, index, config) for index, name in enumerate(config.trl.reward_funcs)]
+    def __init__(self, config: Config, of: str = ""):
+        self.functions = [RewardPool(name, index, config, of) for index, name in enumerate(config.trl.reward_funcs)]
 
     async def start(self) -> None:
         await _all_or_first_error([function.start() for function in self.functions])

@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
@@ -19,6 +19,9 @@ from rlx.errors import DeadlineExceeded, ServiceUnavailable
 from rlx.rollout.engine import Engine
 from rlx.rollout.worker import WorkerStatus
 from rlx.wire import Completion, Sampling, WeightManifest
+
+if TYPE_CHECKING:
+    from rlx.cluster.direct import DirectSettings
 
 STATUS_TIMEOUT_S = 15.0
 CREATE_TIMEOUT_S = 90.0
@@ -53,15 +56,19 @@ class RayWorker:
         log_dir: Path,
         parcel: WeightParcel,
         reserve_timeout_s: float = PLACEMENT_TIMEOUT_S,
+        direct: DirectSettings | None = None,
     ):
         self.name = f"rlx-rollout-{index}"
         self.phase = "waiting"
+        self.url = ""
+        """Of its own endpoint (`service.direct`), once it has started."""
         self.log = log_dir / f"{self.name}.log"
         self._index = index
         self._build_engine = build_engine
         self._runtime = runtime
         self._parcel = parcel
         self._reserve_timeout_s = reserve_timeout_s
+        self._direct = direct
         self._actor: Any = None
         self._place: Place | None = None
         self._phase_since = time.monotonic()
@@ -78,7 +85,7 @@ class RayWorker:
         self._kill()
         await self._make_actor()
         self._enter("loading the model")
-        await self._call("start", before)
+        self.url = await self._call("start", before, _this_node())
         self._enter("ready")
 
     async def _make_actor(self) -> None:
@@ -92,6 +99,7 @@ class RayWorker:
                 self.name,
                 self._build_engine,
                 str(self.log.absolute()),
+                self._direct,
                 num_cpus=reservation.bundle.get("CPU", 0),
                 num_gpus=reservation.bundle.get("GPU", 0),
                 max_concurrency=_CONCURRENCY,
@@ -128,7 +136,7 @@ class RayWorker:
 
     async def commit(self, manifest: WeightManifest, path: str) -> str:
         """On the gateway's node the file is read in place; to other nodes its bytes travel through Ray."""
-        if self.node_id != ray.get_runtime_context().get_node_id():
+        if self.node_id != _this_node():
             return await self._call("commit_bytes", manifest, self._parcel.of(manifest, path))
         return await self._call("commit", manifest, path)
 
@@ -142,6 +150,10 @@ class RayWorker:
             await lines.aclose()
             return first
         return _lines(first, lines)
+
+    async def cancel_group(self, key: str) -> None:
+        """Stop a group that its endpoint generates."""
+        await self._call("cancel_groups", [key], timeout_s=STATUS_TIMEOUT_S)
 
     async def close(self) -> None:
         """Close the engine, end the actor's process, give the devices back; idempotent."""
@@ -191,6 +203,10 @@ class RayWorker:
     def _hint(self) -> str:
         node = f" on {self._place.node}" if self._place is not None else ""
         return f"; its log{node}: {self.log}"
+
+
+def _this_node() -> str:
+    return ray.get_runtime_context().get_node_id()
 
 
 async def _lines(first: str | None, rest: AsyncGenerator[str, None]) -> AsyncIterator[str]:

@@ -41,16 +41,17 @@ _log = logging.getLogger(__name__)
 
 
 class RewardPool:
-    """Entry `index` of `trl.reward_funcs`, in as many processes as the configuration says."""
+    """Entry `index` of `trl.reward_funcs`, in as many processes as the configuration says; `of` sets their names apart
+    from those of other pools of the same function."""
 
-    def __init__(self, name: str, index: int, config: Config):
+    def __init__(self, name: str, index: int, config: Config, of: str = ""):
         limits = config.rewards.functions.get(name, RewardLimits())
         self.name = name
         self.budget = FailureBudget(
             config.rewards.reward_failure_budget, key="rewards.reward_failure_budget", items="completions"
         )
         self._who = f"trl.reward_funcs[{index}] ({name})"
-        self._label = f"rlx-reward-{index}-{re.sub(r'[^A-Za-z0-9_.-]+', '_', name)}"
+        self._label = f"rlx-reward-{index}-{re.sub(r'[^A-Za-z0-9_.-]+', '_', name)}" + (f"-{of}" if of else "")
         self._log_dir = Path(config.output_dir).absolute() / "logs"
         self._entry = (name, index, str(config.base_dir))
         is_model = kind_of(name, config.base_dir) == "model"  # may come from the hub, and be of any size

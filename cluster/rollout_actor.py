@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
@@ -22,6 +22,9 @@ from rlx.rollout.engine import Engine
 from rlx.rollout.engine_worker import EngineWorker
 from rlx.rollout.worker import WorkerStatus
 from rlx.wire import Completion, Sampling, WeightManifest
+
+if TYPE_CHECKING:
+    from rlx.cluster.direct import DirectEndpoint, DirectSettings
 
 _LEFTOVERS_S = 15.0
 
@@ -42,10 +45,12 @@ class RolloutActor:
 
     _name = "rlx-rollout"  # for Ray's messages about an actor that could not be made
 
-    def __init__(self, name: str, build_engine: Callable[[], Engine], log: str):
+    def __init__(self, name: str, build_engine: Callable[[], Engine], log: str, direct: DirectSettings | None = None):
         self._name = name
         self._build_engine = build_engine
+        self._direct = direct
         self._worker: EngineWorker | None = None
+        self._endpoint: DirectEndpoint | None = None
         write_output_to(Path(log))
         watchdog_pid = watchdog.guard().pid
         context = ray.get_runtime_context()
@@ -62,14 +67,20 @@ class RolloutActor:
     async def place(self) -> Place:
         return self._place
 
-    async def start(self, before: Place | None) -> None:
+    async def start(self, before: Place | None, gateway_node: str) -> str:
         """Load the engine, once nothing is left of the actor that was `before` this one on the same node: its
-        processes hold memory and devices."""
+        processes hold memory and devices. The URL of the endpoint, empty without one."""
         if before is not None and before.node_id == self._place.node_id:
             await _gone(before)
         worker = EngineWorker(self._name, self._build_engine())
         await worker.start()
         self._worker = worker
+        if self._direct is None:
+            return ""
+        from rlx.cluster.direct import DirectEndpoint
+
+        self._endpoint = DirectEndpoint(worker, self._direct)
+        return await self._endpoint.start(gateway_node)
 
     async def status(self) -> WorkerStatus:
         node, pid = self._place.node, self._place.pid
@@ -110,7 +121,14 @@ class RolloutActor:
         async for line in answer:
             yield line
 
+    async def cancel_groups(self, keys: list[str]) -> None:
+        """Stop groups that the endpoint generates."""
+        assert self._endpoint is not None, "there is no endpoint"
+        self._endpoint.cancel(keys)
+
     async def close(self) -> None:
+        if self._endpoint is not None:
+            await self._endpoint.close()
         if self._worker is not None:
             await self._worker.close()
 

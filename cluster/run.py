@@ -21,7 +21,7 @@ from types import FrameType
 from typing import Any
 
 from rlx.cluster.layout import plan_layout, this_machine
-from rlx.cluster.progress import WARNING, say
+from rlx.cluster.progress import EVENT, WARNING, say
 from rlx.config import Config
 from rlx.errors import DeadlineExceeded
 from rlx.processes import die_with_parent, kill_tree, stop_process
@@ -130,14 +130,15 @@ class _Run:
         return None
 
     def _read(self, service: subprocess.Popen[bytes]) -> None:
-        """Everything the service says goes to the log; to the terminal what it says until it is ready, and its warnings."""
+        """Everything the service says goes to the log; to the terminal what it says until it is ready, and what of
+        its warnings and its workers."""
         assert service.stdout is not None
         with self._log_path.open("w", encoding="utf-8") as log:
             for raw in service.stdout:
                 line = raw.decode(errors="replace").rstrip("\n")
                 print(line, file=log, flush=True)
                 self._last_lines = [*self._last_lines[-19:], line]
-                if not self._ready.is_set() or line.startswith(WARNING):
+                if not self._ready.is_set() or line.startswith((WARNING, EVENT)):
                     say(f"service: {line}")
                     if line.startswith("ready: "):
                         self._ready.set()

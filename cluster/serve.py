@@ -7,6 +7,7 @@ SIGINT or SIGTERM ─► drain ─► actors ─► placement group ─► Ray �
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import os
 import signal
@@ -15,9 +16,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fastapi import FastAPI
+
 from rlx.cluster import watchdog
+from rlx.cluster.direct import DirectSettings
 from rlx.cluster.engines import EngineFactory, vllm_engine
-from rlx.cluster.progress import WARNING, Say, say, shown
+from rlx.cluster.progress import EVENT, WARNING, Say, say, shown
 from rlx.cluster.ray_episodes import RayEpisodes
 from rlx.cluster.ray_runtime import RayRuntime
 from rlx.cluster.ray_scorer import RayScorer
@@ -27,10 +31,14 @@ from rlx.envs.single_turn import SingleTurn
 from rlx.hub import check_in_reach
 from rlx.rollout.app import create_app
 from rlx.rollout.auth import service_token
+from rlx.rollout.direct import Leases
+from rlx.rollout.direct_app import add_routes
 from rlx.rollout.gateway import bind, serving
 from rlx.rollout.service import RolloutService
+from rlx.rollout.worker import Worker
 
-_LOOK_INTERVAL_S = 2.0
+_RESERVING_SHARE = 0.9
+"""Of vllm.start_timeout: what is missing is to be told before merely the time is up."""
 
 
 def serve_main(config: Config, *, engine: EngineFactory = vllm_engine) -> int:
@@ -48,21 +56,21 @@ async def serve(config: Config, *, engine: EngineFactory = vllm_engine, on_progr
     stop = _Stop(on_progress)
     watchdog.guard()
     runtime = RayRuntime(config)
-    log_dir, parcel = Path(config.output_dir) / "logs", WeightParcel()
-    workers = [
-        RayWorker(index, partial(engine, config, index), runtime=runtime, log_dir=log_dir, parcel=parcel)
-        for index in range(config.vllm.data_parallel_size)
-    ]
+    make_worker = worker_factory(config, runtime, engine, token)
+    workers = [make_worker() for _ in range(config.vllm.data_parallel_size)]
     service = RolloutService(
         list(workers),
         RayScorer(config),
         RayEpisodes(config) if config.has_episodes else SingleTurn(),
         config.service,
+        config.async_,
         model=config.base_model,
         start_timeout_s=config.vllm.start_timeout,
+        max_model_len=config.max_model_len,
+        make_worker=make_worker,
     )
-    app = create_app(service, token, require_token_for_data=config.vllm.needs_token)
-    async with serving(app, listener) as url:
+    service.fleet.on_event = lambda line: on_progress(f"{EVENT}{line}")
+    async with serving(gateway_app(config, service, token), listener) as url:
         try:
             if not await stop.or_done(_load(runtime, service, workers, stop, on_progress)):
                 return 128 + stop.signal
@@ -74,7 +82,7 @@ async def serve(config: Config, *, engine: EngineFactory = vllm_engine, on_progr
             if runtime.dashboard_url:
                 on_progress(f"dashboard: {runtime.dashboard_url} (asks for the token that `ray get-auth-token` prints)")
             on_progress(f"ready: {url}, {_count(len(workers), 'worker')}, version {service.fleet.weight_version}")
-            await stop.or_done(_report_deaths(service, on_progress))
+            await stop.asked()
             on_progress("stopping: waiting for the running groups")
             return 0
         finally:
@@ -94,15 +102,39 @@ async def _load(runtime: RayRuntime, service: RolloutService, workers: list[RayW
         await service.start()
 
 
-async def _report_deaths(service: RolloutService, say: Say) -> None:
-    """Says once when a worker goes down or comes back. Runs until it is cancelled."""
-    states = {member.name: member.state for member in service.fleet.members}
-    while True:
-        await asyncio.sleep(_LOOK_INTERVAL_S)
-        for member in service.fleet.members:
-            if member.state != states[member.name]:
-                say(f"{member.name}: {member.state}{f': {member.cause}' if member.cause else ''}")
-                states[member.name] = member.state
+def worker_factory(config: Config, runtime: RayRuntime, engine: EngineFactory, token: str) -> Callable[[], RayWorker]:
+    """Makes the service's workers, one after the other; no number is given twice."""
+    numbers, log_dir, parcel = itertools.count(), Path(config.output_dir) / "logs", WeightParcel()
+
+    def make_worker() -> RayWorker:
+        index = next(numbers)
+        return RayWorker(
+            index,
+            partial(engine, config, index),
+            runtime=runtime,
+            log_dir=log_dir,
+            parcel=parcel,
+            reserve_timeout_s=_RESERVING_SHARE * config.vllm.start_timeout,
+            direct=DirectSettings(config, token) if config.service.direct else None,
+        )
+
+    return make_worker
+
+
+def gateway_app(config: Config, service: RolloutService, token: str) -> FastAPI:
+    """The gateway, with the routes to the workers' own endpoints where there are some."""
+    app = create_app(service, token, require_token_for_data=config.vllm.needs_token)
+    if config.service.direct:
+        leases = Leases(
+            service, lambda worker: _on_ray(worker).url, lambda worker, key: _on_ray(worker).cancel_group(key)
+        )
+        add_routes(app, leases, token, require_token=config.vllm.needs_token)
+    return app
+
+
+def _on_ray(worker: Worker) -> RayWorker:
+    assert isinstance(worker, RayWorker), "the workers of this service are Ray actors"
+    return worker
 
 
 class _Stop:
@@ -118,6 +150,10 @@ class _Stop:
         """Take the signals; once more after Ray has started, as it puts a handler of its own over SIGTERM's."""
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, self._receive, number)
+
+    async def asked(self) -> None:
+        """Until the first signal."""
+        await self._asked.wait()
 
     async def or_done(self, work: Coroutine[Any, Any, None]) -> bool:
         """Run `work` until it is done, or cancel it at a signal; whether it was done."""

@@ -123,8 +123,10 @@ def samples(
 
 rollout = typer.Typer(help="Look at single episodes.", no_args_is_help=True)
 reward = typer.Typer(help="Try reward functions without training.", no_args_is_help=True)
+workers = typer.Typer(help="The rollout workers of a running service: list, add, remove.", no_args_is_help=True)
 app.add_typer(rollout, name="rollout")
 app.add_typer(reward, name="reward")
+app.add_typer(workers, name="workers")
 
 
 @rollout.command("test", context_settings=_OVERRIDES, epilog=_EPILOG)
@@ -160,6 +162,41 @@ def reward_test(
     from rlx.cluster.reward_test import reward_test_main
 
     raise typer.Exit(_guarded(lambda: reward_test_main(loaded, samples, rows, answer_column)))
+
+
+@workers.command("list", context_settings=_OVERRIDES, epilog=_EPILOG)
+def workers_list(context: typer.Context, config: ConfigPath) -> None:
+    """Name, state, node, process, weight version and load of every worker."""
+    loaded = _load(config, _serve_options(context.args))
+    from rlx.cluster.workers import list_main
+
+    raise typer.Exit(_guarded(lambda: list_main(loaded)))
+
+
+@workers.command("add", context_settings=_OVERRIDES, epilog=_EPILOG)
+def workers_add(
+    context: typer.Context,
+    config: ConfigPath,
+    count: Annotated[int, typer.Option("--count", min=1, help="How many.")] = 1,
+) -> None:
+    """Add workers on free devices of the Ray cluster, and wait until they have the newest weights and serve."""
+    loaded = _load(config, _serve_options(context.args))
+    from rlx.cluster.workers import add_main
+
+    raise typer.Exit(_guarded(lambda: add_main(loaded, count)))
+
+
+@workers.command("remove", context_settings=_OVERRIDES, epilog=_EPILOG)
+def workers_remove(
+    context: typer.Context,
+    config: ConfigPath,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="As `rlx workers list` calls it.")],
+) -> None:
+    """Let a worker finish what it has, then take it out and give its devices back."""
+    loaded = _load(config, _serve_options(context.args))
+    from rlx.cluster.workers import remove_main
+
+    raise typer.Exit(_guarded(lambda: remove_main(loaded, name)))
 
 
 def _serve_options(arguments: list[str]) -> list[str]:

@@ -24,6 +24,7 @@ import numpy as np
 
 from rlx.errors import ServiceError, ServiceUnavailable
 from rlx.rollout.deadline import deadline
+from rlx.rollout.direct_client import DirectRollouts
 from rlx.rollout.http_errors import SESSION_HEADER, raise_answer
 from rlx.wire import CONTENT_TYPE, GroupRequest, GroupResult, WeightManifest, decode_frame, encode_frame
 
@@ -67,12 +68,15 @@ class PublishTimes:
 
 
 class RolloutClient:
+    """`direct`: groups go to the workers' own endpoints, which the service names (`service.direct`)."""
+
     def __init__(
         self,
         base_url: str,
         token: str | None,
         timeouts: ClientTimeouts | None = None,
         max_in_flight: int = MAX_IN_FLIGHT,
+        direct: bool = False,
     ):
         self.base_url = base_url.rstrip("/")
         self._timeouts = timeouts or ClientTimeouts()
@@ -94,6 +98,7 @@ class RolloutClient:
         ]
         self._session = ""
         self._pool_in_turn = itertools.cycle(self._pools)
+        self._direct = DirectRollouts(self._ask_routes, self._post_group, _MARGIN_S) if direct else None
 
     def __enter__(self) -> RolloutClient:
         return self
@@ -196,10 +201,20 @@ class RolloutClient:
 
     async def _rollout(self, request: GroupRequest) -> GroupResult:
         async with self._slots:
+            if self._direct is not None:
+                return GroupResult.decode(await self._direct.rollout(request))
             answer = await self._request(
                 "POST", "/v1/rollouts", f"group {request.key!r}", request.deadline_s, request.encode(), CONTENT_TYPE
             )
         return GroupResult.decode(answer)
+
+    async def _ask_routes(self, body: dict[str, Any]) -> dict[str, Any]:
+        return await self._json("POST", "/v1/routes", "the way to the workers", body)
+
+    async def _post_group(self, url: str, body: bytes) -> httpx.Response:
+        """To a worker's own endpoint; once, a lost connection is the caller's to handle."""
+        headers = {"Content-Type": CONTENT_TYPE} | self._headers()
+        return await next(self._pool_in_turn).post(f"{url}/v1/rollouts", content=body, headers=headers)
 
     # --- weights --------------------------------------------------------------------------------------------------
 
