@@ -7,6 +7,7 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,11 +19,13 @@ from rlx.learner.trainer import CHECKPOINT_MARKER
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """A complete checkpoint: `step` optimizer steps were taken, and `weight_version` had been published."""
+    """A complete checkpoint: `step` optimizer steps were taken, `weight_version` had been published, and `ledger` says
+    which prompts had not been trained, None in a checkpoint from before there was a ledger."""
 
     folder: Path
     step: int
     weight_version: int
+    ledger: dict[str, Any] | None
     saved_at: float
     """Seconds since 1970. The newest is not always that of the most steps: a folder may hold those of two runs."""
 
@@ -54,7 +57,7 @@ def _read(folder: Path) -> ResumePoint | None:
     if not re.fullmatch(r"checkpoint-\d+", folder.name) or not marker.is_file():
         return None
     state = json.loads(marker.read_text())
-    return ResumePoint(folder, state["step"], state["weight_version"], state["saved_at"])
+    return ResumePoint(folder, state["step"], state["weight_version"], state.get("ledger"), state["saved_at"])
 
 
 def save_final(

@@ -5,7 +5,6 @@ data → service is up → model → Trainer on the stream → final publish, ev
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 import time
@@ -22,21 +21,17 @@ from rich.console import Console
 from rlx.config import Config, Plan, load_config, make_plan, parse_overrides
 from rlx.errors import RlxError
 from rlx.learner.checkpoints import find_resume_point, save_final
-from rlx.learner.data import Prompt, PromptSet, load_prompts
-from rlx.learner.evaluation import Evaluation
-from rlx.learner.model import load_model, rollout_dtype, saved_dtype
+from rlx.learner.data import PromptSet, load_prompts
+from rlx.learner.feed import Feed
+from rlx.learner.model import load_model, saved_dtype
 from rlx.learner.progress import FailureNotes, ProgressReport
-from rlx.learner.publish import Publisher
 from rlx.learner.ranks import Ranks
-from rlx.learner.report import RunFiles, evaluation_line, evaluation_table, print_samples
-from rlx.learner.rollouts import Rollouts
-from rlx.learner.stream import RolloutStream, StepBatch
+from rlx.learner.report import RunFiles, evaluation_table, print_samples
+from rlx.learner.rollouts import Rollouts, connect, longest_step_s
+from rlx.learner.stream import Fetched, RolloutStream, StepBatch
 from rlx.learner.trainer import GRPOTrainer, StepClock, training_arguments
 from rlx.processes import die_with_parent
-from rlx.rollout.auth import service_token
-from rlx.rollout.client import MAX_IN_FLIGHT, ClientTimeouts, RolloutClient
 from rlx.tokenizer import load_tokenizer
-from rlx.wire import GroupResult
 
 PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "soft_wrap": True}
 """How a line is printed: as it is, never broken by us."""
@@ -60,12 +55,11 @@ def train(config: Config, num_processes: int) -> None:
     steps_per_epoch = plan.steps_per_epoch(len(train_set.prompts))
     _print_plan(config, plan, train_set, total_steps, console)
 
-    client = _connect(config, console) if is_first else None
+    client = connect(config, console) if is_first else None
     model = load_model(config)
     reference = load_model(config) if config.trl.beta > 0 else None
     held_out = test_set.prompts if test_set else []
-    longest_wait = _longest_wait(config, max(plan.prompts_per_step, len(held_out)))
-    arguments = training_arguments(config, plan, total_steps, steps_per_epoch, longest_wait)
+    arguments = training_arguments(config, plan, total_steps, steps_per_epoch, longest_step_s(config, len(held_out)))
     _ = arguments.device  # the library sets up the process group here
     ranks = Ranks(arguments.ddp_timeout)
 
@@ -73,12 +67,13 @@ def train(config: Config, num_processes: int) -> None:
     if client is not None:
         files = RunFiles(Path(config.output_dir), resume.step if resume else 0)
         progress = ProgressReport(console, files)
-        publisher = Publisher(client, rollout_dtype(config), resume.weight_version if resume else 0)
-        recorder = _Recorder(console, files)
-        rollouts = Rollouts(config, client, publisher, model, held_out, recorder.evaluation)
+        rollouts = Rollouts(
+            config, plan, client, tokenizer, train_set.prompts, held_out, total_steps, resume, files, console
+        )
 
-    def no_fetch(step: int, prompts: list[Prompt]) -> tuple[list[GroupResult], dict[str, float]]:
-        raise AssertionError("only rank 0 talks to the service")
+    def fetch(step: int) -> Fetched:
+        assert rollouts is not None, "only rank 0 talks to the service"
+        return rollouts.feed.batch(step, model)
 
     def make_stream(trainer: GRPOTrainer) -> RolloutStream:
         def on_step(batch: StepBatch) -> None:
@@ -89,33 +84,34 @@ def train(config: Config, num_processes: int) -> None:
                 if config.trl.log_completions and batch.step % config.logging_steps == 0:
                     print_samples(console, batch, config.trl.num_completions_to_print)
 
-        fetch = rollouts.fetch if rollouts else no_fetch
         return RolloutStream(
             config, plan, ranks, train_set.prompts, lambda: trainer.state.global_step, total_steps, fetch, on_step
         )
 
-    clock = StepClock(steps_per_epoch)
+    clock = StepClock(plan.prompts_per_step / len(train_set.prompts))
     trainer = GRPOTrainer(
         config, ranks, arguments, model, reference, tokenizer, make_stream,
-        weight_version=lambda: publisher.version or 0 if client else 0,
+        feed_state=lambda: rollouts.state() if rollouts else {},
         callbacks=[clock, *([progress] if progress else [])],
     )  # fmt: skip
     trainer.remove_callback(transformers.PrinterCallback)
     clock.trainer = trainer
     try:
+        if rollouts is not None:
+            rollouts.feed.start()
         trainer.train(resume_from_checkpoint=str(resume.folder) if resume else None)
 
         def finish() -> list[bytes]:
             if rollouts is not None and files is not None:
-                _finish(config, console, files, trainer, rollouts, total_steps)
+                _finish(config, console, files, trainer, rollouts.feed)
             return []
 
         ranks.from_first(finish)
     finally:
         if progress is not None:
             progress.stop()
-        if client is not None:
-            client.close()
+        if rollouts is not None:
+            rollouts.close()
 
 
 def _print_plan(config: Config, plan: Plan, train_set: PromptSet, total_steps: int, console: Console) -> None:
@@ -131,50 +127,11 @@ def _print_plan(config: Config, plan: Plan, train_set: PromptSet, total_steps: i
     )
 
 
-class _Recorder:
-    def __init__(self, console: Console, files: RunFiles):
-        self._console, self._files = console, files
-
-    def evaluation(self, result: Evaluation) -> None:
-        self._files.evaluation(result)
-        self._console.print(evaluation_line(result), **PLAIN)
-
-
-def _connect(config: Config, console: Console) -> RolloutClient:
-    client = RolloutClient(config.base_url, service_token(), ClientTimeouts(publish_s=config.service.publish_timeout))
-    told = ""
-
-    def waiting(message: str) -> None:
-        nonlocal told
-        if message != told:
-            console.print(f"waiting for the rollout service: {message}", **PLAIN)
-        if not told:
-            console.print(
-                f"    (to start it, type in another terminal: rlx vllm-serve {os.path.relpath(config.path)})", **PLAIN
-            )
-        told = message
-
-    client.wait_until_ready(config.trl.vllm_server_timeout, waiting)
-    return client
-
-
-def _longest_wait(config: Config, num_groups: int) -> float:
-    """Seconds that the other ranks may have to wait for rank 0: for the service to start, or for publishing,
-    evaluating and rolling out."""
-    waves = 2 * math.ceil(num_groups / MAX_IN_FLIGHT)
-    return (
-        config.trl.vllm_server_timeout + 4 * config.service.publish_timeout + waves * config.service.group_timeout + 60
-    )
-
-
-def _finish(
-    config: Config, console: Console, files: RunFiles, trainer: GRPOTrainer, rollouts: Rollouts, total_steps: int
-) -> None:
+def _finish(config: Config, console: Console, files: RunFiles, trainer: GRPOTrainer, feed: Feed) -> None:
     """Saves first: the service can fail, and what was trained is kept. What is evaluated is what was saved."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     save_final(model, trainer.processing_class, saved_dtype(config), files.output_dir)
-    rollouts.publish()
-    rollouts.evaluate(total_steps)
+    feed.finish(model)
     curve = files.learning_curve()
     if evaluations := files.evaluations():
         console.print(evaluation_table(evaluations))

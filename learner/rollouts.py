@@ -1,78 +1,150 @@
-"""Rank 0's dealings with the service: publish before any rollout, evaluate on a published version, bring groups."""
+"""Rank 0's connection to the service, put together from the configuration: client, publisher, evaluations, feed."""
 
 from __future__ import annotations
 
-import time
+import math
+import os
 import uuid
 from collections.abc import Callable
+from functools import partial
 
-from torch import nn
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
 
-from rlx.config import Config
-from rlx.errors import ServiceError
+from rlx.config import Config, Plan
+from rlx.learner.best import BestModel
+from rlx.learner.checkpoints import ResumePoint
+from rlx.learner.courier import Waits
 from rlx.learner.data import Prompt
-from rlx.learner.evaluation import Evaluation, evaluation_of
-from rlx.learner.publish import Publisher
-from rlx.learner.stream import requests_of
-from rlx.rollout.client import RolloutClient
-from rlx.wire import GroupResult
+from rlx.learner.evaluation import Evaluation, Evaluator
+from rlx.learner.feed import Feed
+from rlx.learner.ledger import Ledger, Rules
+from rlx.learner.model import rollout_dtype
+from rlx.learner.parity import make_probe
+from rlx.learner.publish import Packed, Publisher
+from rlx.learner.report import RunFiles, evaluation_line
+from rlx.learner.stream import has_spread, prompt_order, ticket_request
+from rlx.rollout.auth import service_token
+from rlx.rollout.client import MAX_IN_FLIGHT, ClientTimeouts, RolloutClient
+
+_MARGIN_S = 60.0
 
 
 class Rollouts:
-    """Brings the groups of each step. `on_evaluation` gets every evaluation."""
+    """The parts of one run. `close` ends them, the client last."""
 
     def __init__(
         self,
         config: Config,
+        plan: Plan,
         client: RolloutClient,
-        publisher: Publisher,
-        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: list[Prompt],
         held_out: list[Prompt],
-        on_evaluation: Callable[[Evaluation], None],
+        total_steps: int,
+        resume: ResumePoint | None,
+        files: RunFiles,
+        console: Console,
     ):
-        self._config, self._client, self._publisher, self._model = config, client, publisher, model
-        self._held_out, self._on_evaluation = held_out, on_evaluation
-        self._run_id = uuid.uuid4().hex[:12]
+        session = uuid.uuid4().hex[:12]
+        self._client = client
+        self.publisher = Publisher(
+            client,
+            rollout_dtype(config),
+            resume.weight_version if resume else 0,
+            probe_ids=make_probe([prompt.ids for prompt in prompts]),
+            transfer=config.async_.weight_transfer,
+        )
+        best = BestModel(config, tokenizer, files.output_dir, resumed=resume is not None)
 
-    def fetch(self, step: int, prompts: list[Prompt]) -> tuple[list[GroupResult], dict[str, float]]:
-        """Publish the weights that `step` begins with, evaluate when due, and bring the step's scored groups.
+        def on_evaluation(evaluation: Evaluation, packed: Packed) -> None:
+            files.evaluation(evaluation)
+            best.consider(evaluation, packed)
+            console.print(evaluation_line(evaluation), highlight=False, markup=False, soft_wrap=True)
 
-        Seconds by part: weight_sync_s, weight_sync_pause_s, rollout_wait_s, eval_s.
-        """
-        seconds = self.publish()
-        every = self._config.eval_steps
-        if step == 0 or (every is not None and step % every == 0):
-            seconds |= self.evaluate(step)
-        started = time.perf_counter()
-        requests = requests_of(self._config, prompts, self._run_id, step, "", self._config.trl.num_generations)
-        groups = self._client.rollouts(requests)
-        seconds["rollout_wait_s"] = time.perf_counter() - started
-        for group in groups:
-            self._check_version(group)
-        return groups, seconds
+        every = config.eval_steps
+        self.feed = Feed(
+            client,
+            self.publisher,
+            Evaluator(config, client, held_out, session) if held_out else None,
+            make_ledger(config, plan, total_steps, resume),
+            session,
+            waits_of(config, len(held_out)),
+            request_of=partial(ticket_request, config, plan, prompts, prompt_order(config, len(prompts)), session),
+            has_spread=partial(has_spread, config),
+            evaluates=lambda step: step in (0, total_steps) or (every is not None and step % every == 0),
+            on_evaluation=on_evaluation,
+            on_wait=say_waiting(config, console),
+            patience_s=patience_s(config, len(held_out)),
+        )
 
-    def publish(self) -> dict[str, float]:
-        """Every worker serves the model's present parameters when this returns."""
-        times = self._publisher.publish(self._model)
-        return {"weight_sync_s": times.total_s, "weight_sync_pause_s": times.pause_s}
+    def state(self) -> dict[str, object]:
+        """What a checkpoint keeps."""
+        return {"weight_version": self.publisher.version or 0, "ledger": self.feed.state()}
 
-    def evaluate(self, step: int) -> dict[str, float]:
-        """Mean reward of the held-out prompts under the published version."""
-        if not self._held_out:
-            return {}
-        started = time.perf_counter()
-        version, n = self._publisher.version or 0, self._config.trl.num_generations_eval
-        groups = self._client.rollouts(requests_of(self._config, self._held_out, self._run_id, step, "eval", n))
-        seconds = time.perf_counter() - started
-        self._on_evaluation(evaluation_of(self._config, self._held_out, groups, step, version, seconds))
-        return {"eval_s": seconds}
+    def close(self) -> None:
+        self.feed.close()
+        self._client.close()
 
-    def _check_version(self, group: GroupResult) -> None:
-        """In a synchronous run every token comes from the version just published."""
-        expected = self._publisher.version
-        for episode in group.episodes:
-            if any(version != expected for version in episode.weight_versions):
-                raise ServiceError(
-                    f"worker {group.worker} sampled {group.key} with weight versions {episode.weight_versions}, but "
-                    f"{expected} was published. Is another learner using this service?"
-                )
+
+def make_ledger(config: Config, plan: Plan, total_steps: int, resume: ResumePoint | None) -> Ledger:
+    keys = config.async_
+    rules = Rules(
+        groups_per_step=plan.prompts_per_step,
+        total_steps=total_steps,
+        max_staleness=keys.max_staleness,
+        max_inflight_groups=keys.max_inflight_groups,
+        max_requeues=keys.max_requeues,
+        oversample=keys.oversample,
+        dynamic_sampling=keys.dynamic_sampling,
+        max_sampling_attempts=keys.max_sampling_attempts,
+    )
+    ledger = Ledger(rules, resume.step if resume else 0)
+    if resume and resume.ledger:
+        ledger.restore(resume.ledger)
+    return ledger
+
+
+def waits_of(config: Config, num_held_out: int) -> Waits:
+    """An evaluation's groups wait for a connection behind those of the training, hence two waves more."""
+    waves = math.ceil(num_held_out / MAX_IN_FLIGHT) + 2
+    return Waits(config.trl.vllm_server_timeout, waves * config.service.group_timeout)
+
+
+def patience_s(config: Config, num_held_out: int) -> float:
+    """Seconds that nothing at all may happen: more than each single thing that the feed waits for may take."""
+    waits = waits_of(config, num_held_out)
+    return (
+        waits.service_s + waits.evaluation_s + 4 * config.service.publish_timeout
+        + config.service.group_timeout + _MARGIN_S
+    )  # fmt: skip
+
+
+def longest_step_s(config: Config, num_held_out: int) -> float:
+    """Seconds that the other ranks wait for rank 0: for the service to start, or for a batch that is sampled as often
+    as the keys allow."""
+    keys = config.async_
+    rounds = 2 + keys.max_requeues + (keys.max_sampling_attempts if keys.dynamic_sampling else 0)
+    return rounds * patience_s(config, num_held_out)
+
+
+def connect(config: Config, console: Console) -> RolloutClient:
+    """A client of a service that is up; waits for it, and says so."""
+    client = RolloutClient(config.base_url, service_token(), ClientTimeouts(publish_s=config.service.publish_timeout))
+    client.wait_until_ready(config.trl.vllm_server_timeout, say_waiting(config, console))
+    return client
+
+
+def say_waiting(config: Config, console: Console) -> Callable[[str], None]:
+    """Prints what the service is waited for, each message once, and at first how to start it."""
+    told = ""
+
+    def waiting(message: str) -> None:
+        nonlocal told
+        start = f"    (to start it, type in another terminal: rlx vllm-serve {os.path.relpath(config.path)})"
+        for line in [f"waiting for the rollout service: {message}", *([] if told else [start])]:
+            if message != told:
+                console.print(line, highlight=False, markup=False, soft_wrap=True)
+        told = message
+
+    return waiting

@@ -1,18 +1,20 @@
 """The stream: the learner's data set, one optimizer step of scored groups at a time.
 
-    rank 0   prompts of the step → publish weights → groups from the service ─┐ one frame per group
-    all      ◄──────────────────────────── broadcast ────────────────────────┘
+    rank 0   feed: the step's tickets and their groups ─┐ one frame per group
+    all      ◄──────────────── broadcast ──────────────┘
              advantages and token weights of the whole step → own micro-batches → Trainer
 
-Consumes: the prompt order, which is a function of seed and step alone, so resuming needs only the step.
-Waits for: the service (rank 0), at most service.group_timeout; rank 0 (the others), at most the process group's
-timeout. Unblocked by: the groups of the step, or an error, which rank 0 passes on. Produces: micro-batches.
+Consumes: batches of the feed. Waits for: the feed (rank 0), as long as that allows; rank 0 (the others), at most the
+process group's timeout. Unblocked by: the groups of the step, or an error, which rank 0 passes on. Produces:
+micro-batches. Which prompt a ticket is, is a function of seed and ticket alone: `PromptOrder`.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -20,8 +22,9 @@ import xxhash
 
 from rlx.config import Config, Plan
 from rlx.episode import Episode, Row
-from rlx.learner.advantages import AdvantageOptions, Advantages, group_advantages
+from rlx.learner.advantages import AdvantageOptions, Advantages, group_advantages, weighted_rewards
 from rlx.learner.batching import MicroBatch, Sample, collate, split
+from rlx.learner.bottleneck import StepTimes
 from rlx.learner.data import Prompt
 from rlx.learner.losses import token_weights
 from rlx.learner.ranks import Ranks
@@ -29,16 +32,29 @@ from rlx.wire import GroupRequest, GroupResult, Sampling
 
 
 @dataclass(frozen=True)
+class Fetched:
+    """What rank 0 brings for one step, in ticket order. `metrics` by their names in metrics.jsonl."""
+
+    tickets: tuple[int, ...]
+    groups: list[GroupResult]
+    times: StepTimes = field(default_factory=StepTimes)
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class StepBatch:
-    """What one optimizer step trains on: the groups of all ranks, in the order of the prompts."""
+    """What one optimizer step trains on: the groups of all ranks, in ticket order."""
 
     step: int
     prompts: list[Prompt]
     groups: list[GroupResult]
     advantages: Advantages
     rewards_BF: np.ndarray
-    seconds: dict[str, float] = field(default_factory=dict)
-    """Rank 0's split of the time before training: publish, publish_pause, rollout_wait, evaluate."""
+    tickets: tuple[int, ...] = ()
+    times: StepTimes = field(default_factory=StepTimes)
+    """Rank 0's split of the time before training; `trainer.py` adds the rest. Of zeros on the other ranks."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """More of rank 0's, by their names in metrics.jsonl"""
 
     @property
     def episodes(self) -> list[Episode]:
@@ -46,20 +62,24 @@ class StepBatch:
 
 
 class PromptOrder:
-    """Which prompts each step takes. Every epoch visits every prompt; its last step is filled up from its start."""
+    """Which prompt a ticket is: epoch after epoch, each a permutation of all prompts, without a gap between them."""
 
-    def __init__(self, num_prompts: int, prompts_per_step: int, seed: int, shuffle: bool):
-        self._num_prompts, self._per_step, self._seed, self._shuffle = num_prompts, prompts_per_step, seed, shuffle
-        self.steps_per_epoch = -(-num_prompts // prompts_per_step)
+    def __init__(self, num_prompts: int, seed: int, shuffle: bool):
+        self._num_prompts, self._seed, self._shuffle = num_prompts, seed, shuffle
+        self._epoch_of = lru_cache(maxsize=4)(self._epoch)
 
-    def at(self, step: int) -> list[int]:
-        """Indices of the prompts of `step`, counted from 0."""
-        epoch, within = divmod(step, self.steps_per_epoch)
+    def at(self, ticket: int) -> int:
+        """Index of the prompt of `ticket`, counted from 0."""
+        epoch, within = divmod(ticket, self._num_prompts)
+        return int(self._epoch_of(epoch)[within])
+
+    def _epoch(self, epoch: int) -> np.ndarray:
         order = np.arange(self._num_prompts)
-        if self._shuffle:
-            order = np.random.default_rng([self._seed, epoch]).permutation(order)
-        start = within * self._per_step
-        return [int(order[i % self._num_prompts]) for i in range(start, start + self._per_step)]
+        return np.random.default_rng([self._seed, epoch]).permutation(order) if self._shuffle else order
+
+
+def prompt_order(config: Config, num_prompts: int) -> PromptOrder:
+    return PromptOrder(num_prompts, config.seed, config.trl.shuffle_dataset and config.shuffle_merged_datasets)
 
 
 def reward_names(group: GroupResult) -> list[str]:
@@ -86,6 +106,15 @@ def known_logprobs(episode: Episode) -> bool:
     return all(bool(np.isfinite(row.logprobs[row.mask]).all()) for row in episode.rows)
 
 
+def has_spread(config: Config, group: GroupResult) -> bool:
+    """Whether the completions of `group` differ in their reward; without that there is nothing to learn from it."""
+    rewards_GF = torch.from_numpy(rewards_of([group]))
+    if not config.normalizes_each_reward:
+        rewards_GF = weighted_rewards(rewards_GF, reward_weights_of(config, rewards_GF.numpy()))[:, None]
+    columns = [column[~column.isnan()] for column in rewards_GF.T]
+    return any(column.numel() and bool(column.max() - column.min() > _SAME) for column in columns)
+
+
 def advantage_options(config: Config) -> AdvantageOptions:
     trl = config.trl
     return AdvantageOptions(trl.advantage_estimator, trl.scale_rewards, config.normalizes_each_reward)
@@ -109,31 +138,46 @@ def sampling_of(config: Config) -> Sampling:
     )
 
 
+def request_of(config: Config, prompt: Prompt, key: str, step: int, n: int, seed_of: str) -> GroupRequest:
+    """One prompt's request. `seed_of`: what the environments' seed is made of, with the run's."""
+    return GroupRequest(
+        key=key,
+        prompt=prompt.prompt,
+        prompt_ids=prompt.ids,
+        num_generations=n,
+        sampling=sampling_of(config),
+        columns=prompt.columns,
+        step=step,
+        deadline_s=config.service.group_timeout,
+        seed=xxhash.xxh64_intdigest(f"{config.seed}/{seed_of}".encode()) % 2**31,
+    )
+
+
 def requests_of(
-    config: Config, prompts: list[Prompt], run_id: str, step: int, label: str, n: int
+    config: Config, prompts: list[Prompt], session: str, step: int, label: str, n: int
 ) -> list[GroupRequest]:
-    """One request per prompt, with keys that name run, step and place."""
+    """One request per prompt, with keys that name session, label, step and place: those of an evaluation."""
+    places = [f"{label}{step}/{index}" for index in range(len(prompts))]
     return [
-        GroupRequest(
-            key=f"{run_id}/{label}{step}/{index}",
-            prompt=prompt.prompt,
-            prompt_ids=prompt.ids,
-            num_generations=n,
-            sampling=sampling_of(config),
-            columns=prompt.columns,
-            step=step,
-            deadline_s=config.service.group_timeout,
-            seed=xxhash.xxh64_intdigest(f"{config.seed}/{label}{step}/{index}".encode()) % 2**31,
-        )
-        for index, prompt in enumerate(prompts)
+        request_of(config, prompt, f"{session}/{place}", step, n, place)
+        for prompt, place in zip(prompts, places, strict=True)
     ]
+
+
+def ticket_request(
+    config: Config, plan: Plan, prompts: list[Prompt], order: PromptOrder, session: str, number: int, attempt: int
+) -> GroupRequest:
+    """The request of a ticket. Its seed is that of the ticket: the same for each attempt, and in each run."""
+    step, n = number // plan.prompts_per_step, plan.num_generations
+    key = f"{session}/{number}.{attempt}"
+    return request_of(config, prompts[order.at(number)], key, step, n, str(number))
 
 
 class RolloutStream:
     """Iterates over the micro-batches of this rank from the trainer's current step to the last.
 
-    `fetch(step, prompts) -> (groups, seconds)` is called on rank 0 only, once per step, when everything up to that
-    step has been trained: it publishes the weights and brings the groups. `on_step` sees every StepBatch, on all ranks.
+    `fetch(step)` is called on rank 0 only, once per step, when everything up to that step has been trained. `on_step`
+    sees every StepBatch, on all ranks.
     """
 
     def __init__(
@@ -144,16 +188,13 @@ class RolloutStream:
         prompts: list[Prompt],
         current_step: Callable[[], int],
         last_step: int,
-        fetch: Callable[[int, list[Prompt]], tuple[list[GroupResult], dict[str, float]]],
+        fetch: Callable[[int], Fetched],
         on_step: Callable[[StepBatch], None],
     ):
         self._config, self._plan, self._ranks, self._prompts = config, plan, ranks, prompts
         self._current_step, self._last_step = current_step, last_step
         self._fetch, self._on_step = fetch, on_step
-        trl = config.trl
-        self.order = PromptOrder(
-            len(prompts), plan.prompts_per_step, config.seed, trl.shuffle_dataset and config.shuffle_merged_datasets
-        )
+        self.order = prompt_order(config, len(prompts))
 
     def __iter__(self) -> Iterator[dict[str, MicroBatch]]:
         for step in range(self._current_step(), self._last_step):
@@ -163,15 +204,16 @@ class RolloutStream:
                 yield {"micro_batch": micro_batch}
 
     def _next(self, step: int) -> StepBatch:
-        prompts = [self._prompts[i] for i in self.order.at(step)]
-        seconds: dict[str, float] = {}
+        fetched = Fetched((), [])
 
         def fetch() -> list[bytes]:
-            groups, times = self._fetch(step, prompts)
-            seconds.update(times)
-            return [group.encode() for group in groups]
+            nonlocal fetched
+            fetched = self._fetch(step)
+            return [json.dumps(fetched.tickets).encode(), *(group.encode() for group in fetched.groups)]
 
-        groups = [GroupResult.decode(frame) for frame in self._ranks.from_first(fetch)]
+        head, *frames = self._ranks.from_first(fetch)
+        tickets = tuple(json.loads(head))
+        groups = [GroupResult.decode(frame) for frame in frames]
         rewards_BF = rewards_of(groups)
         advantages = group_advantages(
             torch.from_numpy(rewards_BF),
@@ -179,7 +221,8 @@ class RolloutStream:
             self._plan.num_generations,
             advantage_options(self._config),
         )
-        return StepBatch(step, prompts, groups, advantages, rewards_BF, seconds)
+        prompts = [self._prompts[self.order.at(ticket)] for ticket in tickets]
+        return StepBatch(step, prompts, groups, advantages, rewards_BF, tickets, fetched.times, fetched.metrics)
 
     def _micro_batches(self, batch: StepBatch) -> list[MicroBatch]:
         trl, episodes = self._config.trl, batch.episodes
@@ -204,5 +247,7 @@ class RolloutStream:
         return [collate(samples) for samples in mine]
 
 
+_SAME = 1e-8
+"""Rewards that differ by no more are the same."""
 _NO_ROW = Row(np.empty(0, np.int32), np.empty(0, np.float32), ())
 """Stands for an episode that failed before it sampled anything."""

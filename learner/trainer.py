@@ -14,7 +14,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -26,6 +26,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from rlx.config import Config, Plan
 from rlx.episode import Episode, Status
 from rlx.learner.batching import MicroBatch
+from rlx.learner.bottleneck import StepTimes
 from rlx.learner.entropy import EntropyBonus, high_entropy
 from rlx.learner.logprobs import completion_logprobs
 from rlx.learner.loss_metrics import LossMetrics
@@ -95,7 +96,8 @@ def loss_options(config: Config) -> LossOptions:
 
 
 class GRPOTrainer(Trainer):
-    """Trains `model` on what `stream` yields. `weight_version` tells the published version for the checkpoints."""
+    """Trains `model` on what `stream` yields. `feed_state` tells, on rank 0, what a checkpoint keeps of the feed: the
+    `weight_version` that is published, and the `ledger`."""
 
     def __init__(
         self,
@@ -106,18 +108,18 @@ class GRPOTrainer(Trainer):
         reference: PreTrainedModel | None,
         tokenizer: PreTrainedTokenizerBase,
         make_stream: Callable[[GRPOTrainer], RolloutStream],
-        weight_version: Callable[[], int],
+        feed_state: Callable[[], dict[str, Any]],
         callbacks: list[TrainerCallback],
     ):
         super().__init__(model=model, args=arguments, processing_class=tokenizer, callbacks=callbacks)
         self._config, self._ranks, self._options = config, ranks, loss_options(config)
         self._reference = reference.to(self.args.device).eval() if reference is not None else None
-        self._weight_version = weight_version
+        self._feed_state = feed_state
         self._loss_metrics = LossMetrics.zero()
         self._bonus, self._entropy_sum, self._num_entropy_tokens = EntropyBonus.of(config), torch.zeros(()), 0
         self._step_metrics: dict[str, list[float]] = {}
         self._step_ended = self._training_began = time.perf_counter()
-        self._evaluating_s = 0.0
+        self._times_before, self._step_times = StepTimes(), []  # type: tuple[StepTimes, list[StepTimes]]
         self.stream = make_stream(self)
 
     def get_train_dataloader(self) -> RolloutStream:  # type: ignore[override]
@@ -125,7 +127,7 @@ class GRPOTrainer(Trainer):
 
     def begin_step(self, batch: StepBatch) -> None:
         """Called on every rank when the groups of a step have arrived and its training begins."""
-        self._training_began, self._evaluating_s = time.perf_counter(), batch.seconds.get("eval_s", 0.0)
+        self._training_began, self._times_before = time.perf_counter(), batch.times
         for name, value in step_metrics(self._config, batch).items():
             self._step_metrics.setdefault(name, []).append(value)
 
@@ -144,10 +146,9 @@ class GRPOTrainer(Trainer):
         ):
             mix_into(self._reference, self.accelerator.unwrap_model(self.model), trl.ref_model_mixup_alpha)
         now = time.perf_counter()
-        evaluated = self._evaluating_s
-        times = {"perf/fwd_bwd_s": now - self._training_began, "perf/step_s": now - self._step_ended - evaluated}
-        for name, value in times.items():
-            self._step_metrics.setdefault(name, []).append(value)
+        step_s = now - self._step_ended - self._times_before.eval_s
+        times = replace(self._times_before, step_s=step_s, fwd_bwd_s=now - self._training_began)
+        self._step_times.append(replace(times, processes=float(self._ranks.size)))
         self._step_ended = now
 
     def get_batch_samples(
@@ -208,7 +209,8 @@ class GRPOTrainer(Trainer):
         if "loss" in logs:
             logs |= self._loss_metrics.of_all(self._ranks).report()
             logs |= {name: _mean(values) for name, values in self._step_metrics.items()}
-            self._loss_metrics, self._step_metrics = LossMetrics.zero(), {}
+            logs |= StepTimes.mean(self._step_times).logs()  # type: ignore[arg-type] # the library hands them on
+            self._loss_metrics, self._step_metrics, self._step_times = LossMetrics.zero(), {}, []
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -230,8 +232,7 @@ class GRPOTrainer(Trainer):
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             if self._config.trl.sync_ref_model and self._reference is not None:
                 save_reference(self._reference, folder)
-            step, version = self.state.global_step, self._weight_version()
-            state = {"step": step, "weight_version": version, "saved_at": time.time()}
+            state = {"step": self.state.global_step, "saved_at": time.time()} | self._feed_state()
             if self._bonus.adaptive:
                 state["entropy_bonus"] = self._bonus.state()
             write_atomically(folder / CHECKPOINT_MARKER, json.dumps(state))
@@ -240,14 +241,14 @@ class GRPOTrainer(Trainer):
 
 
 class StepClock(TrainerCallback):
-    """Tells the trainer when a step ended, and the epoch that a step belongs to."""
+    """Tells the trainer when a step ended, and the epochs that a number of steps makes."""
 
-    def __init__(self, steps_per_epoch: int):
-        self._steps_per_epoch = steps_per_epoch
+    def __init__(self, epochs_per_step: float):
+        self._epochs_per_step = epochs_per_step
         self.trainer: GRPOTrainer | None = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        state.epoch = state.global_step / self._steps_per_epoch
+        state.epoch = state.global_step * self._epochs_per_step
         if self.trainer is not None:
             self.trainer.end_step()
 
@@ -275,8 +276,7 @@ def step_metrics(config: Config, batch: StepBatch) -> dict[str, float]:
         metrics[name] = _mean([group.metrics[name] for group in batch.groups if name in group.metrics])
     if bad := sum(not known_logprobs(e) for e in episodes):
         metrics["frac_logprobs_not_finite"] = bad / len(episodes)
-    metrics |= {f"perf/{name}": value for name, value in batch.seconds.items()}
-    return metrics
+    return metrics | batch.metrics
 
 
 def _episode_metrics(episodes: list[Episode]) -> dict[str, float]:

@@ -32,11 +32,12 @@ class Plan:
         return self.completions_per_step // self.num_generations
 
     def steps_per_epoch(self, num_prompts: int) -> int:
-        """The last, smaller batch of an epoch is filled up from its start, so no prompt is left out."""
+        """Steps that touch one epoch; prompts of the next may fill up the last of them."""
         return math.ceil(num_prompts / self.prompts_per_step)
 
     def total_steps(self, config: Config, num_prompts: int) -> int:
-        return config.max_steps or math.ceil(config.num_epochs * self.steps_per_epoch(num_prompts))
+        """As many as the prompts of all epochs, one after the other without a gap, fill; at least each once."""
+        return config.max_steps or math.ceil(config.num_epochs * num_prompts / self.prompts_per_step)
 
 
 def make_plan(config: Config, num_processes: int = 1) -> Plan:

@@ -1,5 +1,5 @@
-"""The real service and gateway on a real port, around a worker whose completions are a function of step, place and
-prompt alone: two runs get the same rollouts. And a tiny run's folder: model, data, YAML."""
+"""The real service and gateway on a real port, around a worker whose completions are a function of ticket and prompt
+alone: two runs get the same rollouts. And a tiny run's folder: model, data, YAML."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ START_TIMEOUT_S = 30.0
 
 
 def place(key: str) -> str:
-    """`12ab.../eval3/0` → `eval3/0`: a key without the run that it belongs to."""
-    return key.partition("/")[2]
+    """`12ab.../eval3/0` → `eval3/0`, `12ab.../7.1` → `7`: a key without the run and the attempt that it belongs to."""
+    return key.partition("/")[2].partition(".")[0]
 
 
 class ScriptedWorker:
@@ -45,8 +45,8 @@ class ScriptedWorker:
 
     name = "worker-0"
 
-    def __init__(self, version: int, finish_reason: str = "stop"):
-        self.version, self.lie, self._finish_reason = version, 0, finish_reason
+    def __init__(self, finish_reason: str = "stop"):
+        self.version, self.lie, self._finish_reason = 0, 0, finish_reason
         self.events: list[tuple[Any, ...]] = []
         self.published: dict[int, bytes] = {}
         self.manifests: dict[int, WeightManifest] = {}
@@ -70,7 +70,10 @@ class ScriptedWorker:
         return Completion(ids, logprobs, versions, self._finish_reason, bytes(i for i in ids if i != EOS).decode())
 
     async def prompt_logprobs(self, ids: np.ndarray) -> np.ndarray:
-        return np.zeros(ids.size - 1, np.float32)
+        """What the learner said of them."""
+        probe = self.manifests[self.version].probe
+        assert probe is not None
+        return np.array(probe.logprobs[probe.ids.index(tuple(ids.tolist()))], np.float32)
 
     async def announce(self, manifest: WeightManifest) -> None: ...
 
@@ -118,15 +121,17 @@ class Served:
     stop: Callable[[], None] = field(default=lambda: None)
 
     def generated(self, label: str = "") -> list[tuple[str, tuple[int, ...]]]:
-        """(place, prompt ids) of the groups whose place begins with `label`, a digit for training groups."""
+        """(place, prompt ids) of the groups whose place begins with `label`, or of those trained: tickets, ascending."""
         asked = [(e[1], e[2]) for e in self.worker.events if e[0] == "generate"]
-        return sorted((p, ids) for p, ids in asked if p.startswith(label or tuple("0123456789")))
+        if label:
+            return sorted((p, ids) for p, ids in asked if p.startswith(label))
+        return sorted(((p, ids) for p, ids in asked if p.isdigit()), key=lambda pair: int(pair[0]))
 
 
 @contextmanager
-def serve(score: Score = length_reward, version: int = 0, finish_reason: str = "stop") -> Iterator[Served]:
-    """A service in a thread of its own whose workers begin at weight `version`."""
-    served = Served(ScriptedWorker(version, finish_reason))
+def serve(score: Score = length_reward, finish_reason: str = "stop", worker: Any = None) -> Iterator[Served]:
+    """A service in a thread of its own, around `worker` or a scripted one."""
+    served = Served(worker or ScriptedWorker(finish_reason))
     ready = threading.Event()
 
     async def main() -> None:
@@ -155,7 +160,8 @@ def serve(score: Score = length_reward, version: int = 0, finish_reason: str = "
 
 
 def write_run(folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
-    """model/, data.jsonl (10 prompts), held_out.jsonl (3) and cfg.yaml in `folder`; `changes` replace keys, `trl` adds."""
+    """model/, data.jsonl (10 prompts), held_out.jsonl (3) and cfg.yaml in `folder`; `changes` replace keys,
+    `trl` and `async_` add; it is a synchronous run without."""
     make_tiny_model(folder / "model", dtype=dtype)
     for name, count in (("data", 10), ("held_out", 3)):
         rows = [{"prompt": f"{name} {i} =", "answer": str(i)} for i in range(count)]
@@ -172,6 +178,7 @@ def write_run(folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) 
         "datasets": [{"path": "data.jsonl"}],
         "test_datasets": [{"path": "held_out.jsonl"}],
         "trl": trl | changes.pop("trl", {}),
+        "async": {"max_staleness": 0} | changes.pop("async_", {}),
         "micro_batch_size": 2,
         "learning_rate": 1e-3,
         "adam_epsilon": 1e-4,

@@ -48,13 +48,13 @@ def test_a_service_that_goes_away_in_the_run_ends_it_with_its_checkpoints_kept(t
 
         def stop_in_step_3() -> None:
             end = time.monotonic() + LIMIT_S
-            while not served.generated("3/") and time.monotonic() < end:
+            while len(served.generated()) < 8 and time.monotonic() < end:
                 time.sleep(0.01)
             served.stop()
 
         stopper = threading.Thread(target=stop_in_step_3)
         stopper.start()
-        status, _, err = run(path, served, 2)
+        status, _, err = run(path, served, 2, "--trl.vllm_server_timeout", "2")
         stopper.join()
     assert status == 1
     assert err.startswith("error: ")

@@ -1,8 +1,8 @@
-"""The prompt order is a function of seed and step; every epoch visits every prompt."""
+"""The prompt order is a function of seed and ticket; what rank 0 brings becomes micro-batches."""
 
 from __future__ import annotations
 
-from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,32 +15,38 @@ from rlx.episode import Episode, Row
 from rlx.errors import ServiceError
 from rlx.learner.data import Prompt
 from rlx.learner.ranks import Ranks
-from rlx.learner.stream import PromptOrder, RolloutStream, StepBatch, requests_of, reward_weights_of, sampling_of
-from rlx.learner.trainer import step_metrics
-from rlx.wire import GroupResult, RewardOutcome
-
-
-@given(
-    num_prompts=st.integers(1, 50),
-    per_step=st.integers(1, 20),
-    seed=st.integers(0, 5),
-    shuffle=st.booleans(),
-    epoch=st.integers(0, 3),
+from rlx.learner.stream import (
+    Fetched,
+    PromptOrder,
+    RolloutStream,
+    StepBatch,
+    has_spread,
+    requests_of,
+    reward_weights_of,
+    sampling_of,
+    ticket_request,
 )
-def test_every_epoch_visits_every_prompt_and_fills_up_its_last_step(num_prompts, per_step, seed, shuffle, epoch):
-    order = PromptOrder(num_prompts, per_step, seed, shuffle)
-    first = epoch * order.steps_per_epoch
-    seen = Counter(i for step in range(first, first + order.steps_per_epoch) for i in order.at(step))
-    assert set(seen) == set(range(num_prompts))
-    assert sum(seen.values()) == order.steps_per_epoch * per_step < num_prompts + per_step
+from rlx.learner.trainer import step_metrics
+from rlx.wire import GroupRequest, GroupResult, RewardOutcome
+
+
+@given(num_prompts=st.integers(1, 50), seed=st.integers(0, 5), shuffle=st.booleans(), epoch=st.integers(0, 3))
+def test_every_epoch_is_every_prompt_once_and_the_next_begins_at_once(num_prompts, seed, shuffle, epoch):
+    order = PromptOrder(num_prompts, seed, shuffle)
+    first = epoch * num_prompts
+    assert sorted(order.at(ticket) for ticket in range(first, first + num_prompts)) == list(range(num_prompts))
 
 
 def test_the_order_depends_on_seed_and_epoch_only():
-    order = PromptOrder(100, 10, seed=1, shuffle=True)
-    assert order.at(3) == PromptOrder(100, 10, seed=1, shuffle=True).at(3)
-    assert order.at(3) != PromptOrder(100, 10, seed=2, shuffle=True).at(3)
-    assert order.at(3) != order.at(13)
-    assert PromptOrder(100, 10, seed=1, shuffle=False).at(1) == list(range(10, 20))
+    def epoch(number: int, seed: int) -> list[int]:
+        order = PromptOrder(100, seed, shuffle=True)
+        return [order.at(100 * number + place) for place in range(100)]
+
+    assert epoch(3, seed=1) == epoch(3, seed=1)
+    assert epoch(3, seed=1) != epoch(3, seed=2)
+    assert epoch(3, seed=1) != epoch(4, seed=1)
+    unshuffled = PromptOrder(100, seed=1, shuffle=False)
+    assert [unshuffled.at(ticket) for ticket in (98, 99, 100, 101)] == [98, 99, 0, 1]
 
 
 def config(**trl: object) -> Config:
@@ -73,7 +79,9 @@ def test_a_step_becomes_micro_batches_with_the_groups_advantages():
     seen: list[StepBatch] = []
     rewards = [1.0, 0.0, 0.0, 1.0]
     settings = config()
-    stream = make_stream(settings, lambda step, prompts: ([group(f"{step}", rewards, [1, 2, 3, 4])], {}), seen.append)
+    stream = make_stream(
+        settings, lambda step: Fetched((step,), [group(f"{step}", rewards, [1, 2, 3, 4])]), seen.append
+    )
     batches = [item["micro_batch"] for item in stream]
     assert [b.step for b in seen] == [0, 1]
     assert len(batches) == 2 * make_plan(settings).gradient_accumulation_steps == 4
@@ -91,7 +99,9 @@ def test_a_step_becomes_micro_batches_with_the_groups_advantages():
 
 def test_truncated_completions_can_be_left_out_of_the_loss():
     settings = config(mask_truncated_completions=True)
-    stream = make_stream(settings, lambda s, p: ([group("0", [1.0, 0, 0, 1], [8, 8, 8, 8], "length")], {}), steps=1)
+    stream = make_stream(
+        settings, lambda step: Fetched((0,), [group("0", [1.0, 0, 0, 1], [8, 8, 8, 8], "length")]), steps=1
+    )
     assert sum(item["micro_batch"].lengths_B.sum().item() for item in stream) == 0
 
 
@@ -109,7 +119,7 @@ def test_every_row_of_an_episode_trains_its_sampled_tokens_with_the_episodes_adv
     rewards = RewardOutcome("r", np.array([1, 0, np.nan, np.nan], np.float32), 0.1)
     result = GroupResult("k", (two_turns, two_rows, lost, never_began), (rewards,), "w", 0.1, 0.1)
     settings = config(loss_type="grpo", scale_rewards="none")
-    batches = [item["micro_batch"] for item in make_stream(settings, lambda s, p: ([result], {}), steps=1)]
+    batches = [item["micro_batch"] for item in make_stream(settings, lambda step: Fetched((0,), [result]), steps=1)]
 
     trained = {}
     for b in batches:
@@ -128,12 +138,36 @@ def test_every_row_of_an_episode_trains_its_sampled_tokens_with_the_episodes_adv
     assert width == 3 + 6, "what follows the last trained token is not forwarded"
 
 
-def test_the_environments_seed_is_the_groups_and_the_same_in_every_run():
-    prompts = [Prompt("p", np.array([1], np.int32), {})] * 3
-    seeds = [[r.seed for r in requests_of(config(), prompts, run, 4, "", 4)] for run in ("a", "b")]
-    assert seeds[0] == seeds[1]
-    assert len(set(seeds[0])) == 3
-    assert seeds[0] != [r.seed for r in requests_of(config(), prompts, "a", 5, "", 4)]
+def test_a_tickets_seed_is_the_same_in_every_run_and_attempt_and_its_key_is_not():
+    settings = config(generation_batch_size=8)
+    plan, order = make_plan(settings), PromptOrder(3, 0, shuffle=False)
+    prompts = [Prompt(f"p{i}", np.array([i + 1], np.int32), {}) for i in range(3)]
+
+    def request(session: str, number: int, attempt: int) -> GroupRequest:
+        return ticket_request(settings, plan, prompts, order, session, number, attempt)
+
+    found = [request("a", 7, 0), request("b", 7, 0), request("a", 7, 1)]
+    assert len({r.seed for r in found}) == 1
+    assert [r.key for r in found] == ["a/7.0", "b/7.0", "a/7.1"]
+    assert {(r.prompt, r.step, r.num_generations) for r in found} == {("p1", 3, 4)}
+    assert len({request("a", number, 0).seed for number in range(9)}) == 9
+
+
+@pytest.mark.parametrize(
+    ("rewards", "expected"),
+    [([1.0, 1, 1, 1], False), ([1.0, 1, 0, 1], True), ([1.0, np.nan, 1, np.nan], False), ([np.nan] * 4, False)],
+)
+def test_a_group_of_equal_rewards_has_no_spread(rewards: list[float], expected: bool):
+    assert has_spread(config(), group("k", rewards, [1, 2, 3, 4])) is expected
+
+
+def test_rewards_that_cancel_each_other_are_spread_only_where_each_counts_for_itself():
+    first, second = [1.0, 0, 1, 0], [0.0, 1, 0, 1]
+    rewards = tuple(RewardOutcome(name, np.array(v, np.float32), 0.1) for name, v in (("a", first), ("b", second)))
+    both = replace(group("k", first, [1, 2, 3, 4]), rewards=rewards)
+    settings = {"reward_funcs": ["a", "b"], "reward_weights": [1.0, 1.0]}
+    assert not has_spread(config(**settings), both)
+    assert has_spread(config(**settings, multi_objective_aggregation="normalize_then_sum"), both)
 
 
 def test_the_episodes_own_reward_weighs_one_unless_it_has_a_weight():
@@ -144,7 +178,7 @@ def test_the_episodes_own_reward_weighs_one_unless_it_has_a_weight():
 
 
 def test_the_error_of_the_service_ends_the_stream_unchanged():
-    def fetch(step, prompts):
+    def fetch(step):
         raise ServiceError("worker rlx-rollout-0 died")
 
     with pytest.raises(ServiceError, match=r"^worker rlx-rollout-0 died$"):
@@ -173,7 +207,7 @@ def test_the_estimator_of_the_yaml_gives_the_advantages():
     groups = [group("a", [0.0, 2.0, 4.0, 6.0], [1, 1, 1, 1]), group("b", [1.0, 1.0, 1.0, 9.0], [1, 1, 1, 1])]
     settings = config(advantage_estimator="rloo", generation_batch_size=8)
     seen: list[StepBatch] = []
-    list(make_stream(settings, lambda step, prompts: (groups, {}), seen.append, steps=1))
+    list(make_stream(settings, lambda step: Fetched(tuple(range(len(groups))), groups), seen.append, steps=1))
     assert seen[0].advantages.advantages.tolist() == pytest.approx([-4, -4 / 3, 4 / 3, 4, -8 / 3, -8 / 3, -8 / 3, 8])
 
 
@@ -182,7 +216,9 @@ def test_a_log_probability_that_is_no_number_takes_its_completion_out_of_the_los
     groups = [group("a", [0.0, 1.0, 2.0, 3.0], [2, 2, 2, 2])]
     groups[0].episodes[1].rows[0].logprobs[0] = value
     seen: list[StepBatch] = []
-    stream = make_stream(config(loss_type="dapo"), lambda step, prompts: (groups, {}), seen.append, steps=1)
+    stream = make_stream(
+        config(loss_type="dapo"), lambda step: Fetched(tuple(range(len(groups))), groups), seen.append, steps=1
+    )
     batches = [b["micro_batch"] for b in stream]
     weights = torch.cat([b.weights_T for b in batches])
     assert weights.tolist() == pytest.approx([1 / 6] * 6)

@@ -4,6 +4,7 @@ and two, stopped and resumed."""
 from __future__ import annotations
 
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -103,13 +104,13 @@ def test_a_run_that_a_reward_ended_is_resumed_to_the_parameters_of_an_uninterrup
     assert err == "error: trl.reward_funcs[0] (rewards.length) raised ZeroDivisionError: division by zero\n"
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
-    with serve(version=last_version + 5) as served:
+    with serve() as served:
         config = config_for(path, served, auto_resume_from_checkpoints=True)
         train(config, 1)
         events = served.worker.events
-        assert events[0] == ("publish", last_version + 6)
-        assert [e[1] for e in events if e[0] == "publish"] == [last_version + n for n in (6, 7, 8)]
-        assert served.generated() == [pair for pair in expected_prompts if pair[0].startswith(("2/", "3/"))]
+        assert events[0] == ("publish", last_version), "the checkpoint was written with the version before"
+        assert [e[1] for e in events if e[0] == "publish"] == [last_version + n for n in (0, 1, 2)]
+        assert served.generated() == expected_prompts[4:], "two steps of two prompts were trained"
     assert_equal(final(tmp_path), final(tmp_path / "whole"), atol=1e-5)
     for name in ("metrics", "evals", "samples"):
         whole, resumed = (lines(f / "out" / f"{name}.jsonl") for f in (tmp_path / "whole", tmp_path))
@@ -121,12 +122,15 @@ def test_a_run_that_a_reward_ended_is_resumed_to_the_parameters_of_an_uninterrup
 
 def test_resuming_publishes_above_the_versions_of_checkpoint_and_service(tmp_path: Path) -> None:
     path = write_run(tmp_path, max_steps=2, save_steps=1, test_datasets=None)
-    with serve(version=40) as served:
+    first = {"resume_from_checkpoint": str(tmp_path / "out" / "checkpoint-1")}
+    with serve() as served:
         train(config_for(path, served), 1)
-        assert [e[1] for e in served.worker.events if e[0] == "publish"] == [41, 42, 43]
-    with serve(version=0) as served:
-        train(config_for(path, served, resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1")), 1)
-        assert [e[1] for e in served.worker.events if e[0] == "publish"] == [42, 43]
+        train(config_for(path, served), 1)
+        train(config_for(path, served, **first), 1)
+        assert [e[1] for e in served.worker.events if e[0] == "publish"] == [1, 2, 3, 4, 5, 6, 7, 8]
+    with serve() as served:
+        train(config_for(path, served, **first), 1)
+        assert [e[1] for e in served.worker.events if e[0] == "publish"] == [5, 6]
 
 
 def test_resuming_a_finished_run_trains_nothing_and_leaves_the_same(tmp_path: Path, capsys) -> None:
@@ -165,7 +169,7 @@ def test_a_service_that_lies_about_versions_ends_the_run(tmp_path: Path) -> None
     path = write_run(tmp_path, test_datasets=None)
     with serve() as served:
         served.worker.lie = 1
-        with pytest.raises(ServiceError, match=r"sampled .*/0/\d with weight versions \(2,\), but 1 was published"):
+        with pytest.raises(ServiceError, match=r"sampled .*/\d\.0 with weight versions \(2,\), but 1 was published"):
             train(config_for(path, served), 1)
 
 
@@ -179,3 +183,21 @@ def test_a_model_that_was_trained_is_kept_when_the_last_evaluation_fails(tmp_pat
     with serve(score) as served, pytest.raises(UserCodeError, match="3 values"):
         train(config_for(path, served), 1)
     assert final(tmp_path)
+
+
+@pytest.mark.parametrize("staleness", [1, 2])
+def test_generation_beside_training_uses_every_prompt_once_and_none_that_is_too_old(
+    tmp_path: Path, staleness: int
+) -> None:
+    keys = {"max_steps": None, "num_epochs": 2, "samples_per_step": 100, "eval_steps": 3}
+    path = write_run(tmp_path, async_={"max_staleness": staleness}, **keys)
+    with serve() as served:
+        train(config_for(path, served), 1)
+    samples = lines(tmp_path / "out" / "samples.jsonl")
+    assert Counter(s["prompt"] for s in samples) == {f"data {i} =": 2 * 4 for i in range(10)}
+    metrics = lines(tmp_path / "out" / "metrics.jsonl")
+    assert [r["step"] for r in metrics] == list(range(1, 11))
+    assert 0 < max(r["sample/staleness_max"] for r in metrics) <= staleness
+    evals = lines(tmp_path / "out" / "evals.jsonl")
+    assert [e["step"] for e in evals] == [0, 3, 6, 9, 10]
+    assert len({e["weight_version"] for e in evals}) == 5
