@@ -43,7 +43,7 @@ REFUSED: dict[str, Refusal] = {
               "mlflow_experiment_name mlflow_run_name hf_mlflow_log_artifacts use_mlflow use_tensorboard use_trackio trackio_project_name trackio_run_name "
               "trackio_space_id use_comet comet_api_key comet_project_name swanlab_project use_swanlab report_to", "experiment trackers are not supported", _TRACKERS,
               (None, False, "", [], "none")),
-    **_refuse("sample_packing pad_to_sequence_len eval_sample_packing multipack_real_batches", "packing is not supported; batches are grouped by length", _REMOVE),
+    **_refuse("pad_to_sequence_len eval_sample_packing multipack_real_batches", "packed rows are as long as their sequences", _REMOVE),
     **_refuse("group_by_length train_on_inputs strict dataset_processes overrides_of_model_config xformers_attention flex_attention s2_attention",
               "it has no effect on GRPO", _REMOVE),
     **_refuse("fp16", "the learner keeps float32 master weights and computes in bfloat16 at most", "Write `bf16: true`, or nothing on a CPU."),

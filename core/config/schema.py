@@ -85,6 +85,19 @@ class Config(Section):
         ge=1,
         description="Micro-batches per optimizer step and process; raised when the step would not hold whole groups.",
     )
+    token_budget: int | None = Field(
+        None,
+        ge=1,
+        description="Tokens per process in one forward and backward, in place of micro_batch_size completions: as many micro-batches as that takes, whose number may differ from step to step. A longer completion is alone in its own. The step keeps its completions.",
+    )
+    sample_packing: bool | None = Field(
+        None,
+        description="Lay the sequences of a micro-batch side by side without padding. Default: where the model allows it, with flash attention, and on a CPU.",
+    )
+    share_prompt_prefix: bool = Field(
+        True,
+        description="In packed sequences, forward the prompt of a group once for all its completions, where that is cheaper.",
+    )
     num_epochs: float = Field(1.0, gt=0, description="Passes over the prompts.")
     max_steps: int | None = Field(None, ge=1, description="Optimizer steps; overrides num_epochs.")
     learning_rate: float = Field(1e-6, gt=0, description="Peak learning rate (TRL's GRPO default).")

@@ -83,7 +83,7 @@ def test_a_known_but_unsupported_key_says_why_and_what_to_write(tmp_path, key):
 
 
 def test_an_unsupported_key_that_is_switched_off_changes_nothing(tmp_path):
-    text = SMALLEST + "adapter:\nload_in_8bit: false\nsample_packing: false\nwandb_project:\nspecial_tokens:\n"
+    text = SMALLEST + "adapter:\nload_in_8bit: false\npad_to_sequence_len: false\nwandb_project:\nspecial_tokens:\n"
     assert load_config(write(tmp_path, text)) == load_config(write(tmp_path, SMALLEST))
 
 

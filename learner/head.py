@@ -1,0 +1,202 @@
+"""The language-model head, scored: log-probabilities and entropies straight from the hidden states.
+
+The logits of all T tokens at once, [T, V], are the largest tensor of a step. Here they exist for one chunk of tokens
+at a time, in the forward and again in the backward. Where all of them fit one chunk they are kept instead, which
+saves computing them twice.
+
+Shapes: T tokens, D hidden size, V vocabulary, C tokens of one chunk; B sequences and K columns that the model hands to
+its head.
+Not here: which tokens are scored (`logprobs.py`).
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+_KEPT_LOGITS = 2**25
+"""Up to so many logits in float32, 128 MiB, are computed once and kept for the backward."""
+_CHUNK_LOGITS = 2**24
+"""More are computed in chunks of so many, and again in the backward."""
+
+
+@dataclass
+class HeadRequest:
+    """What a prepared head computes instead of logits while `asking` it."""
+
+    row_T: Tensor
+    """int64, row of the hidden states [B, K, D]"""
+    col_T: Tensor
+    """int64, column"""
+    target_ids_T: Tensor
+    """int64"""
+    temperature: float
+    compute_entropy: bool = True
+    entropy_gradient: bool = False
+    served: bool = False
+    """Whether the head was a prepared one"""
+
+    def answer(self, hidden_BKD: Tensor, head: nn.Linear) -> Tensor:
+        """float32 [2, T]: log-probabilities, and entropies or zeros."""
+        self.served = True
+        both = score(
+            hidden_BKD[self.row_T, self.col_T], head.weight, head.bias, self.target_ids_T, self.temperature,
+            self.compute_entropy, self.entropy_gradient,
+        )  # fmt: skip
+        return torch.stack(both)
+
+
+_request: ContextVar[HeadRequest | None] = ContextVar("head_request", default=None)
+
+
+@contextmanager
+def asking(request: HeadRequest) -> Iterator[None]:
+    """A forward in here returns `request.answer` as the logits of a prepared model, however it is wrapped."""
+    token = _request.set(request)
+    try:
+        yield
+    finally:
+        _request.reset(token)
+
+
+def prepare_head(model: PreTrainedModel) -> bool:
+    """Let the head answer requests; without one it gives logits as before. False, and nothing done, where it is no
+    plain linear layer. Whether the model changes what its head returns is for the caller to find out."""
+    head: Any = model.get_output_embeddings()
+    if type(head) is not nn.Linear:
+        return False
+    head.forward = types.MethodType(_forward, head)
+    return True
+
+
+def restore_head(model: PreTrainedModel) -> None:
+    """Undo `prepare_head`."""
+    vars(model.get_output_embeddings()).pop("forward", None)
+
+
+def _forward(head: nn.Linear, hidden: Tensor) -> Tensor:
+    request = _request.get()
+    return nn.Linear.forward(head, hidden) if request is None else request.answer(hidden, head)
+
+
+def score(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    target_ids_T: Tensor,
+    temperature: float,
+    compute_entropy: bool = True,
+    entropy_gradient: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """log p(target) float32 [T] of softmax((hidden · weightᵀ + bias) / temperature), and its entropy in nats, float32
+    [T], without gradient unless `entropy_gradient`; zeros unless `compute_entropy`.
+
+    Under autocast the products are taken in its type, as a linear layer would. Gradients of weight and bias are summed
+    over the chunks in float32.
+    """
+    device_type = hidden_TD.device.type
+    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight_VD.dtype
+    with torch.autocast(device_type, enabled=False):
+        bias_V = bias_V if bias_V is None else bias_V.to(dtype)
+        logprobs_T, entropies_T = _Score.apply(
+            hidden_TD.to(dtype), weight_VD.to(dtype), bias_V, target_ids_T, temperature, compute_entropy,
+            entropy_gradient,
+        )  # fmt: skip
+    return logprobs_T, entropies_T if entropy_gradient else entropies_T.detach()
+
+
+class _Score(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_TD: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        ids_T: Tensor,
+        temperature: float,
+        compute_entropy: bool,
+        entropy_gradient: bool,
+    ) -> tuple[Tensor, Tensor]:
+        needs_gradient = any(ctx.needs_input_grad)
+        num_tokens, vocabulary = len(hidden_TD), len(weight_VD)
+        keep = needs_gradient and num_tokens * vocabulary <= _KEPT_LOGITS
+        size = max(1, num_tokens if keep else _CHUNK_LOGITS // vocabulary)
+        logprobs_T = torch.empty(num_tokens, dtype=torch.float32, device=hidden_TD.device)
+        normalizers_T, entropies_T = torch.empty_like(logprobs_T), torch.zeros_like(logprobs_T)
+        kept = hidden_TD.new_empty(0)
+        for start in range(0, num_tokens, size):
+            part = slice(start, start + size)
+            logits_CV = _logits(hidden_TD[part], weight_VD, bias_V, temperature)
+            targets_C = logits_CV.gather(1, ids_T[part, None])[:, 0]
+            greatest_C1 = logits_CV.amax(dim=1, keepdim=True)
+            exp_CV = logits_CV.sub_(greatest_C1).exp()
+            sums_C1 = exp_CV.sum(dim=1, keepdim=True)
+            if compute_entropy:
+                entropies_T[part] = (sums_C1.log() - exp_CV.mul(logits_CV).sum(dim=1, keepdim=True) / sums_C1)[:, 0]
+            normalizers_T[part] = (greatest_C1 + sums_C1.log())[:, 0]
+            logprobs_T[part] = targets_C - normalizers_T[part]
+            if keep:
+                kept = exp_CV.div_(sums_C1)
+        if needs_gradient:
+            ctx.save_for_backward(hidden_TD, weight_VD, bias_V, ids_T, normalizers_T, entropies_T, kept)
+            ctx.temperature, ctx.size, ctx.keep, ctx.entropy_gradient = temperature, size, keep, entropy_gradient
+        return logprobs_T, entropies_T
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_logprobs_T: Tensor, grad_entropies_T: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_TD, weight_VD, bias_V, ids_T, normalizers_T, entropies_T, kept = ctx.saved_tensors
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        grad_hidden_TD = torch.empty_like(hidden_TD) if wants_hidden else None
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_weight else None
+        grad_bias_V = torch.zeros(len(weight_VD), device=weight_VD.device) if wants_bias else None
+        for start in range(0, len(hidden_TD), ctx.size):
+            part = slice(start, start + ctx.size)
+            if ctx.keep:
+                probs_CV = kept
+            else:
+                logits_CV = _logits(hidden_TD[part], weight_VD, bias_V, ctx.temperature)
+                probs_CV = logits_CV.sub_(normalizers_T[part, None]).exp_()
+            scale_C1 = grad_logprobs_T[part, None]
+            if ctx.entropy_gradient:
+                # dH/dlogit = -p · (log p + H)
+                scale_C1 = scale_C1 + grad_entropies_T[part, None] * (probs_CV.log() + entropies_T[part, None])
+                scale_C1 = scale_C1.where(probs_CV > 0, 0.0)
+            grad_CV = (
+                probs_CV * (scale_C1 / -ctx.temperature) if ctx.keep else probs_CV.mul_(scale_C1.div(-ctx.temperature))
+            )
+            grad_CV.scatter_add_(1, ids_T[part, None], grad_logprobs_T[part, None] / ctx.temperature)
+            grad_CV = grad_CV.to(weight_VD.dtype)
+            if grad_hidden_TD is not None:
+                torch.mm(grad_CV, weight_VD, out=grad_hidden_TD[part])
+            if grad_weight_VD is not None:
+                _add_product(grad_weight_VD, grad_CV.t(), hidden_TD[part])
+            if grad_bias_V is not None:
+                grad_bias_V += grad_CV.sum(dim=0, dtype=torch.float32)
+        grad_weight = None if grad_weight_VD is None else grad_weight_VD.to(weight_VD.dtype)
+        grad_bias = None if grad_bias_V is None else grad_bias_V.to(weight_VD.dtype)
+        return grad_hidden_TD, grad_weight, grad_bias, None, None, None, None
+
+
+def _logits(hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, temperature: float) -> Tensor:
+    logits_CV = functional.linear(hidden_CD, weight_VD, bias_V).float()
+    return logits_CV if temperature == 1.0 else logits_CV.div_(temperature)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left · right, summed in float32."""
+    if left.dtype == torch.float32:
+        total.addmm_(left, right)
+    elif left.device.type == "cuda":
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+    else:
+        total.add_(left @ right)
