@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ class RunFiles:
             _keep_to(self._path(name), first_step)
         _keep_to(self._path("evals"), first_step - 1)  # that of `first_step` is taken after its checkpoint, again
 
-    def metrics(self, step: int, values: dict[str, float]) -> None:
+    def metrics(self, step: int, values: Mapping[str, float | str]) -> None:
         self._append("metrics", {"step": step, "time": time.time(), **values})
 
     def samples(self, batch: StepBatch, count: int) -> None:
