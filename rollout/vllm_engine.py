@@ -11,12 +11,21 @@ from typing import Any
 
 import numpy as np
 
-from rlx.errors import DeadlineExceeded, ModelError, ServiceError, ServiceUnavailable, WeightSyncError
+from rlx.errors import (
+    DeadlineExceeded,
+    ModelError,
+    RequestTooLong,
+    ServiceError,
+    ServiceUnavailable,
+    WeightSyncError,
+)
 from rlx.rollout.manifest import check_file, check_manifest, checkpoint_specs
+from rlx.rollout.vllm_load import LoadMeter
 from rlx.rollout.vllm_params import VllmOptions, engine_args, prompt_logprobs_params, sampling_params
 from rlx.rollout.vllm_start import first_cause, forget_environment, prepare_environment
 from rlx.rollout.vllm_update import join_nccl, update_from_file, update_over_nccl
 from rlx.rollout.vllm_versions import TokenVersions
+from rlx.rollout.worker import EngineLoad
 from rlx.wire import Completion, Sampling, TensorSpec, WeightManifest
 
 _SHUTDOWN_S = 2.5
@@ -35,6 +44,7 @@ class VllmEngine:
     def __init__(self, options: VllmOptions):
         self._options = options
         self._llm: Any = None
+        self._meter: LoadMeter | None = None
         self._causes: Path | None = None
         self._front: Any = None
         self._specs: tuple[TensorSpec, ...] = ()
@@ -94,6 +104,9 @@ class VllmEngine:
     def seconds_since_token(self) -> float:
         return time.monotonic() - self._last_token
 
+    def load(self) -> EngineLoad:
+        return EngineLoad() if self._meter is None else self._meter.load()
+
     async def openai(self, route: str, body: dict[str, Any]) -> dict[str, Any] | AsyncIterator[str]:
         await self._admission()
         if self._front is None:
@@ -131,18 +144,22 @@ class VllmEngine:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         self._llm = AsyncLLM.from_engine_args(engine_args(self._options))
+        self._meter = LoadMeter(self._llm)
         self._specs = checkpoint_specs(_model_folder(self._options.model, self._options.revision))
         self._watch_outputs()
 
     def _watch_outputs(self) -> None:
         """Know when vLLM's output loop has booked everything it received, and when it last received a token."""
-        core = self._llm.engine_core
+        core, meter = self._llm.engine_core, self._meter
+        assert meter is not None
         receive = core.get_output_async
 
         async def get_output_async() -> Any:
             self._booked = True
+            meter.settle()
             outputs = await receive()
             self._booked = False
+            meter.received(outputs)
             if outputs.outputs:
                 self._last_token = time.monotonic()
             return outputs
@@ -164,6 +181,11 @@ class VllmEngine:
 
     async def _run(self, request_id: str, prompt_ids: np.ndarray, params: Any, versions: TokenVersions) -> Any:
         """One vLLM request from admission to its only output; aborted when cancelled."""
+        if prompt_ids.size >= (most := self._llm.model_config.max_model_len):
+            raise RequestTooLong(
+                f"{request_id}: a prompt of {prompt_ids.size} tokens leaves no room for a completion in the context of "
+                f"{most}; shorten it, or raise vllm.max_model_len"
+            )
         from vllm.exceptions import VLLMClientError
         from vllm.inputs.engine import tokens_input
         from vllm.v1.engine.exceptions import EngineDeadError
@@ -191,6 +213,8 @@ class VllmEngine:
         return output
 
     async def _add(self, request_id: str, prompt: Any, params: Any, versions: TokenVersions) -> Any:
+        assert self._meter is not None
+        self._meter.admitted()
         queue = await self._llm.add_request(request_id, prompt, params)
         self._live[queue.request_id] = versions
         return queue

@@ -66,7 +66,7 @@ def engine_args(options: VllmOptions) -> Any:
         "weight_transfer_config": WeightTransferConfig(backend="rlx_file" if o.transport == "cpu" else "nccl"),
         "logprobs_mode": "processed_logprobs",
         "distributed_executor_backend": UniProcExecutor if in_one_process else None,
-        "disable_log_stats": True,
+        "disable_log_stats": False,  # for `vllm_load.py`
     }
     return AsyncEngineArgs(**{**{k: v for k, v in fields.items() if v is not None}, **o.extra})
 

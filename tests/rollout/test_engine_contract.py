@@ -13,7 +13,7 @@ import pytest
 import torch
 from weight_updates import model_tensors, train_a_little, write_update
 
-from rlx.errors import WeightSyncError
+from rlx.errors import RequestTooLong, WeightSyncError
 from rlx.rollout.fake_engine import FakeEngine
 from rlx.rollout.manifest import read_layout
 from rlx.wire import Sampling, TensorSpec, WeightManifest
@@ -41,7 +41,7 @@ def subject(request: pytest.FixtureRequest, tmp_path: Path) -> Subject:
     if request.param == "fake":
         tensors = {"a": torch.randn(3, 4), "b": torch.randn(5)}
         specs = (TensorSpec("a", "F32", (3, 4)), TensorSpec("b", "F32", (5,)))
-        engine = FakeEngine(specs, seconds_per_token=0.001)
+        engine = FakeEngine(specs, seconds_per_token=0.001, max_model_len=1024)
         asyncio.run(engine.start())
         return Subject(engine, tensors, tmp_path)
     engine, folder = request.getfixturevalue("tied_qwen2")
@@ -126,9 +126,35 @@ async def test_cancelling_a_request_aborts_it_in_the_engine(subject: Subject) ->
     with pytest.raises(asyncio.CancelledError):
         await task
     assert subject.engine.in_flight == 0
+    assert subject.engine.load().running == subject.engine.load().waiting == 0
     await asyncio.sleep(0.2)
     age = subject.engine.seconds_since_token()
     assert age > 0.1, f"a token was generated {age:.3f} s ago although nobody waits for it"
+
+
+async def test_its_load_says_what_runs_what_was_generated_and_how_long_it_was_busy(subject: Subject) -> None:
+    before = subject.engine.load()
+    assert (before.running, before.waiting) == (0, 0)
+    task = asyncio.ensure_future(subject.engine.generate("r", PROMPT, 3, Sampling(max_tokens=100)))
+    while not (during := subject.engine.load()).generated_tokens > before.generated_tokens:
+        await asyncio.sleep(0.001)
+        assert not task.done()
+    assert 1 <= during.running + during.waiting <= 3
+    completions = await task
+    after = subject.engine.load()
+    assert (after.running, after.waiting, after.kv_cache_usage) == (0, 0, 0.0)
+    assert after.generated_tokens - before.generated_tokens == sum(c.ids.size for c in completions)
+    assert during.busy_s < after.busy_s
+    assert after.preemptions >= before.preemptions
+    await asyncio.sleep(0.05)
+    assert subject.engine.load().busy_s == after.busy_s, "an idle engine is not busy"
+
+
+async def test_a_prompt_without_room_for_a_completion_is_too_long(subject: Subject) -> None:
+    with pytest.raises(RequestTooLong, match="1024"):
+        await subject.engine.generate("r", np.ones(1024, np.int32), 2, Sampling(max_tokens=5))
+    [c] = await subject.engine.generate("r", np.ones(1023, np.int32), 1, Sampling(max_tokens=5))
+    assert c.ids.size == 1
 
 
 @pytest.mark.parametrize(
