@@ -38,6 +38,9 @@ _RESUBMITS = 5
 _FIRST_PAUSE_S = 0.2
 _MARGIN_S = 10.0
 """How long the client waits after the service's own deadline, so that the service's message arrives."""
+_ANNOUNCE, _COMMIT = 2, 4
+"""How many times `service.publish_timeout` these may take: it waits for a worker that is restarting, asks, or swaps one
+after the other, verifies, and again waits for one when none took them."""
 _HINT = "start it in another terminal: rlx vllm-serve <cfg.yaml>"
 
 
@@ -227,7 +230,7 @@ class RolloutClient:
         path, who, seconds = f"/v1/weights/{manifest.version}", f"weights {manifest.version}", self._timeouts.publish_s
         marks = [time.monotonic()]
         body = json.dumps(manifest.to_json()).encode()
-        await self._request("POST", "/v1/weights/announce", f"{who}: announce", seconds, body)
+        await self._request("POST", "/v1/weights/announce", f"{who}: announce", _ANNOUNCE * seconds, body)
         marks.append(time.monotonic())
         async with deadline(
             seconds + _MARGIN_S, lambda: f"{who}: the bytes did not reach {self.base_url} within {seconds:g} s"
@@ -239,7 +242,7 @@ class RolloutClient:
                 raise ServiceUnavailable(f"{who}: {_lost(self.base_url, error)}") from error
         _check(answer, self.base_url)
         marks.append(time.monotonic())
-        answer = json.loads(await self._request("POST", f"{path}/commit", f"{who}: commit", seconds))
+        answer = json.loads(await self._request("POST", f"{path}/commit", f"{who}: commit", _COMMIT * seconds))
         marks.append(time.monotonic())
         behind = tuple(f"{worker['name']}: {worker['cause']}" for worker in answer["behind"])
         return PublishTimes(*np.diff(marks).tolist(), answer["pause_s"], behind)

@@ -56,7 +56,7 @@ class Member:
 
     `incarnation` counts its processes: what is heard of an earlier one says nothing about this one. `kept`: the
     process is sound, only its weights are refused; it is not restarted, the next update is its next chance.
-    `cause` is why it left the ready ones, `last_cause` what went wrong since. `token_at` is on the monotonic clock.
+    `cause` is why it left the ready ones, `last_cause` what went wrong since, `doing` what its start is about. `token_at` is on the monotonic clock.
     `changed` is set when something happened that its supervisor should look at.
     """
 
@@ -64,6 +64,7 @@ class Member:
     state: State = "loading"
     cause: str = ""
     last_cause: str = ""
+    doing: str = ""
     in_flight: int = 0
     tokens_in_flight: int = 0
     weight_version: int = 0
@@ -79,6 +80,12 @@ class Member:
     @property
     def name(self) -> str:
         return self.worker.name
+
+    @property
+    def explanation(self) -> str:
+        """Why it is not ready, and what it does about that."""
+        doing = self.doing if self.state in ("loading", "restarting") else ""
+        return "; ".join(part for part in (self.cause, doing) if part)
 
     @property
     def may_return(self) -> bool:
@@ -190,6 +197,12 @@ class Fleet:
         if member.state == "ready":
             self.fail(member, cause, "refused" if quarantine else "failed")
 
+    def note(self, name: str, doing: str) -> None:
+        """What the start of worker `name` is about, for people."""
+        for member in self.members:
+            if member.name == name:
+                member.doing = doing
+
     def add(self, worker: Worker) -> Member:
         if worker.name in [m.name for m in self.members]:
             raise ValueError(f"there is a worker {worker.name!r} already")
@@ -242,13 +255,13 @@ class Fleet:
     def statuses(self) -> list[WorkerStatus]:
         return [
             WorkerStatus(m.name, m.state, m.weight_version, round(m.token_age_s(), 3), m.in_flight, m.node, m.pid,
-                         m.cause, m.load)
+                         m.explanation, m.load)
             for m in self.members
         ]  # fmt: skip
 
     def describe(self) -> str:
         return "; ".join(
-            f"{m.name} is {m.state}{f' ({m.cause})' if m.cause else ''}"
+            f"{m.name} is {m.state}{f' ({m.explanation})' if m.explanation else ''}"
             + (f" with weights {m.weight_version}" if m.weight_version != self.weight_version else "")
             for m in self.members
         ) or "there is no worker"  # fmt: skip

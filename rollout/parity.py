@@ -17,11 +17,12 @@ UNLIKELY = 0.01
 
 
 async def verify(worker: Worker, version: int, probe: Probe, threshold: float, timeout_s: float) -> float:
-    """How far the worker is off, in nats; ParityError above `threshold`. It has `timeout_s` seconds a sequence."""
-    found = [
-        await answer_of(worker.name, timeout_s, worker.prompt_logprobs(np.asarray(ids, np.int32))) for ids in probe.ids
-    ]
-    off = distance(probe, found)
+    """How far the worker is off, in nats; ParityError above `threshold`. It has `timeout_s` seconds for all."""
+
+    async def ask() -> list[np.ndarray]:
+        return [await worker.prompt_logprobs(np.asarray(ids, np.int32)) for ids in probe.ids]
+
+    off = distance(probe, await answer_of(worker.name, timeout_s, ask()))
     check(worker.name, version, off, threshold)
     return off
 

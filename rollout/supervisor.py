@@ -27,6 +27,8 @@ from rlx.wire import Sampling
 
 CLOSE_TIMEOUT_S = 20.0
 MAX_PAUSE_S = 60.0
+LOOK_COST_S = 0.002
+"""Looks at many workers are spread so that they take the gateway no more than about this share of a second each."""
 _PROBE_PROMPT = np.zeros(1, dtype=np.int32)
 _PROBE_SAMPLING = Sampling(max_tokens=1)
 
@@ -104,8 +106,11 @@ class Supervisor:
                 await self._bring(member)
             elif member.state in ("down", "quarantined") and not member.kept:
                 await self._restart(member)
-            elif not await _happens(member.changed, self._settings.probe_interval / 2) and member.state == "ready":
+            elif not await _happens(member.changed, self._pause_s()) and member.state == "ready":
                 await self._look(member)
+
+    def _pause_s(self) -> float:
+        return max(self._settings.probe_interval / 2, LOOK_COST_S * len(self._fleet.members))
 
     async def _restart(self, member: Member) -> None:
         done, most = member.restarts, self._settings.max_restarts

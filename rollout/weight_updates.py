@@ -11,7 +11,6 @@ kept: the supervisor's workers catch up from it, and it is the base of the next 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Awaitable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -100,7 +99,7 @@ class WeightUpdates:
         if pending.receiving:
             raise WeightSyncError(f"the bytes of weights {version} came already, or are coming")
         pending.receiving = True
-        start = time.monotonic()
+        start = _now()
         base = self._current if pending.manifest.base_fingerprint is not None else None
         try:
             async with deadline(
@@ -115,7 +114,7 @@ class WeightUpdates:
         if self._pending is not pending:
             pending.file.remove()
             raise WeightSyncError(f"weights {version} were replaced by a later announcement while they came")
-        pending.transfer_s = time.monotonic() - start
+        pending.transfer_s = _now() - start
         return pending.transfer_s
 
     async def commit(self, version: int) -> UpdateTimes:
@@ -209,34 +208,35 @@ class WeightUpdates:
         raise ServiceUnavailable(f"no rollout worker is ready for weights {manifest.version}: {reasons}")
 
     async def _swap(self, pending: _Pending, transfer_s: float) -> None:
-        """Nothing is awaited before the fleet has the new version and the file is the one to catch up from."""
+        """Nothing is awaited before the fleet has the new version and the file is the one to catch up from. Workers
+        whose turn has not come after `service.publish_timeout` swap together: the learner waits."""
         manifest, members = pending.manifest, self._running()
-        start = time.monotonic()
+        start = _now()
         with self._fleet.moving_to(manifest.version):
             self._keep(pending)
-            if self._rolling and not manifest.gate:
-                pauses = [await self._take(member, pending) for member in members]
-            else:
-                pauses = await asyncio.gather(*(self._take(member, pending) for member in members))
+            pauses = []
+            while members and self._rolling and not manifest.gate and _now() - start < self._timeout:
+                pauses.append(await self._take(members.pop(0), pending))
+            pauses += await asyncio.gather(*(self._take(member, pending) for member in members))
         self._last = UpdateTimes(
-            manifest.version, manifest.travels, transfer_s, time.monotonic() - start, max(pauses, default=0.0)
+            manifest.version, manifest.travels, transfer_s, _now() - start, max(pauses, default=0.0)
         )
 
     async def _take(self, member: Member, pending: _Pending) -> float:
         """One worker swaps; returns the seconds of that. What goes wrong is noted on the member."""
-        manifest, incarnation, start = pending.manifest, member.incarnation, time.monotonic()
+        manifest, incarnation, start = pending.manifest, member.incarnation, _now()
         if not _runs(member) or member.weight_version == manifest.version:
             return 0.0  # the supervisor has it, or had it meanwhile
         try:
             if (member, incarnation) not in pending.accepted:
                 await answer_of(member.name, self._timeout, member.worker.announce(manifest))
-            start = time.monotonic()
+                start = _now()
             await self._load(member, manifest, str(pending.file.path))
         except RlxError as error:
             if member.incarnation == incarnation:
                 self._lose(member, f"did not take weights {manifest.version}: {error}")
-            return time.monotonic() - start
-        pause_s = time.monotonic() - start
+            return _now() - start
+        pause_s = _now() - start
         if member.incarnation == incarnation and _runs(member):
             if manifest.gate or member.kept:
                 await self._admit(member, manifest)
@@ -325,3 +325,7 @@ class WeightUpdates:
 def _runs(member: Member) -> bool:
     """Its engine is up, and the supervisor does not work on it."""
     return member.state == "ready" or member.kept
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

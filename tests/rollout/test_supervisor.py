@@ -461,6 +461,21 @@ def test_rolling_swaps_one_after_the_other_and_the_others_go_on():
     virtually(main())
 
 
+def test_rolling_gives_up_on_taking_turns_when_the_learner_would_wait_too_long():
+    async def main():
+        workers = [FaultyWorker(f"w-{i}") for i in range(9)]
+        async with crew(*workers, publish="rolling", publish_timeout=100.0, max_restarts=0) as c:
+            for worker in workers[1:]:
+                worker.faults["commit"] = ["hang"]
+            begun = asyncio.get_running_loop().time()
+            outcome = await c.publish(1)
+            assert outcome.workers == {"w-0": 1}
+            assert (outcome.commit_s, outcome.pause_s) == (200, 100)
+            assert asyncio.get_running_loop().time() - begun == 200
+
+    virtually(main())
+
+
 def test_together_swaps_all_at_once_and_once_one_has_swapped_the_others_wait_for_theirs():
     async def main():
         workers = [FaultyWorker(f"w-{i}") for i in range(3)]
