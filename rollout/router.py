@@ -26,15 +26,15 @@ POLL_S = 0.5
 POLL_COST_S = 0.002
 """The polls of many workers are spread so that they take the gateway no more than about this share of a second each."""
 STATUS_TIMEOUT_S = 10.0
-FIRST_LIMIT, STEP = 64, 8
+FIRST_LIMIT = 64
 FULL = 0.95
 """Share of the key-value cache from which on a worker gets no more than it has."""
 
 
 @dataclass
 class Limit:
-    """How many sequences a worker may have: doubled until the first sign that it is full, from then on STEP more at a
-    time (additive increase) and a fifth less whenever its engine preempted something (multiplicative decrease)."""
+    """How many sequences a worker may have: doubled until the first sign that it is full, from then on a sixteenth more
+    at a time, and a fifth less whenever its engine preempted something."""
 
     sequences: int = FIRST_LIMIT
     preemptions: int = 0
@@ -49,7 +49,7 @@ class Limit:
         elif load.waiting or load.kv_cache_usage > FULL:
             self.doubling = False
         elif in_flight >= self.sequences * 3 // 4:
-            self.sequences += self.sequences if self.doubling else STEP
+            self.sequences += self.sequences if self.doubling else max(1, self.sequences // 16)
 
 
 @dataclass(eq=False)
