@@ -3,7 +3,7 @@
 Ray's head processes die with the process that started them, but its agents live on for a minute, and the child
 processes of a killed actor (vLLM's engine cores) for ever. The watchdog is a process of its own, in its own
 session so that Ctrl-C does not reach it. It looks every second at what runs below its ward, waits for the ward's
-end, and kills what is left of what it saw.
+end, kills what is left of what it saw, and removes the weights that it kept in shared memory.
 
     python -m rlx.cluster.watchdog PID
 """
@@ -35,6 +35,9 @@ def _watch(ward: int) -> None:
         if select.select([end_of_ward], [], [], _INTERVAL_S)[0]:
             break
     end_processes(_below(ward, seen), _GRACE_S)
+    from rlx.rollout.weights_store import remove_leftovers  # numpy: only now, not beside every process all its life
+
+    remove_leftovers()
 
 
 def _below(ward: int, seen: dict[int, int]) -> dict[int, int]:

@@ -56,8 +56,8 @@ class Member:
 
     `incarnation` counts its processes: what is heard of an earlier one says nothing about this one. `kept`: the
     process is sound, only its weights are refused; it is not restarted, the next update is its next chance.
-    `cause` is why it left the ready ones, `last_cause` what went wrong since, `doing` what its start is about. `token_at` is on the monotonic clock.
-    `changed` is set when something happened that its supervisor should look at.
+    `cause` is why it left the ready ones, `last_cause` what went wrong since, `doing` what its start is about.
+    `token_at` is on the monotonic clock. `changed` is set when something happened that its supervisor should look at.
     """
 
     worker: Worker
@@ -162,16 +162,6 @@ class Fleet:
             raise
         if member.incarnation == incarnation:
             member.restarts = 0
-
-    @contextmanager
-    def assign(self, completions: int) -> Iterator[Member]:
-        """The ready worker with the least in flight, charged with `completions` while the body runs."""
-        ready = self.ready()
-        if not ready:
-            raise ServiceUnavailable(f"no rollout worker is ready: {self.describe()}")
-        member = min(ready, key=lambda m: m.in_flight)
-        with self.charging(member, completions):
-            yield member
 
     # --- state ----------------------------------------------------------------------------------------------------
 

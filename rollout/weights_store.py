@@ -26,9 +26,7 @@ class WeightFile:
 
     def __init__(self, manifest: WeightManifest):
         self.manifest = manifest
-        self._folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=_folder_with_space(manifest.nbytes)))
-        self._lock = os.open(self._folder, os.O_RDONLY)
-        fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self._folder, self._lock = _locked_folder(_root_with_space(manifest.nbytes))
         self._holders, self._unwanted = 0, False
         self.path = self._folder / f"{manifest.version}.safetensors"
 
@@ -103,16 +101,40 @@ def remove_leftovers() -> None:
     """Remove the folders of this user's services that were killed before they could: nobody holds their lock."""
     for root in {SHARED_MEMORY, Path(tempfile.gettempdir())}:
         for folder in root.glob(f"{_PREFIX}*"):
-            if folder.stat().st_uid != os.getuid():
-                continue
-            lock = os.open(folder, os.O_RDONLY)
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder)
-            except BlockingIOError:
-                pass
-            finally:
-                os.close(lock)
+                if folder.stat().st_uid == os.getuid():
+                    _remove_unless_held(folder)
+            except FileNotFoundError:
+                pass  # somebody else removed it meanwhile
+
+
+def _remove_unless_held(folder: Path) -> None:
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder)
+    except BlockingIOError:
+        pass
+    finally:
+        os.close(lock)
+
+
+def _locked_folder(root: Path) -> tuple[Path, int]:
+    """A new private folder, and the descriptor that holds its lock. Another one when `remove_leftovers` of another
+    process took the first before it was locked."""
+    for _ in range(10):
+        folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=root))
+        lock = -1
+        try:
+            lock = os.open(folder, os.O_RDONLY)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if folder.is_dir():
+                return folder, lock
+        except (FileNotFoundError, BlockingIOError):
+            pass
+        if lock >= 0:
+            os.close(lock)
+    raise WeightSyncError(f"the folders for weights in {root} are removed as soon as they are made; who does that?")
 
 
 def _fingerprint(path: Path) -> str:
@@ -123,7 +145,7 @@ def _fingerprint(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _folder_with_space(nbytes: int) -> Path:
+def _root_with_space(nbytes: int) -> Path:
     """Shared memory where it has room for `nbytes`, else the temporary folder."""
     roots = [SHARED_MEMORY, Path(tempfile.gettempdir())]
     for root in roots:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -260,6 +261,23 @@ async def test_memory_holds_the_current_update_and_at_most_the_one_that_comes(mo
             assert [path.read_bytes() for path in tmp_path.glob("*/*")] == [b"%04d" % version]
     assert max(most) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_another_process_cleared_away_before_it_was_locked_is_made_anew(monkeypatch, tmp_path):
+    monkeypatch.setattr(weights_store, "SHARED_MEMORY", tmp_path)
+    make, made = tempfile.mkdtemp, []
+
+    def make_and_lose(**options):
+        made.append(make(**options))
+        if len(made) == 1:
+            weights_store.remove_leftovers()
+        return made[-1]
+
+    monkeypatch.setattr(tempfile, "mkdtemp", make_and_lose)
+    file = weights_store.WeightFile(weights(1, b"abcd"))
+    weights_store.remove_leftovers()
+    assert [str(path) for path in tmp_path.iterdir()] == made[1:] == [str(file.path.parent)]
+    file.remove()
 
 
 def test_a_file_that_somebody_reads_stays_until_he_has_done(monkeypatch, tmp_path):
