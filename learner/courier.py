@@ -108,7 +108,8 @@ class Courier:
         self._thread = threading.Thread(target=self._run, name="feed-courier", daemon=True)
         self._closed = threading.Event()
         self._instance, self._served = "", None  # type: tuple[str, tuple[int, Packed] | None]
-        self._lost_since: float | None = None
+        self._idle_since: float | None = None
+        """When a service was first found again of which nothing came yet"""
         self._load: tuple[float, dict[str, float]] = (0.0, {})
         self._is_new = True
         self.generation = 0
@@ -131,8 +132,8 @@ class Courier:
         self._errands.put(lambda: self._recover(cause))
 
     def progressed(self) -> None:
-        """The service did something: the time that it may be lost begins anew."""
-        self._lost_since = None
+        """Something came of the service."""
+        self._idle_since = None
 
     def close(self) -> None:
         self._closed.set()
@@ -203,11 +204,11 @@ class Courier:
     def _reconnect(self, cause: ServiceError) -> None:
         """Returns when a service answers; `_is_new` until it has the weights, where it is another process than before.
 
-        Raises when none answers in time, or `cause` when one does but nothing went well since the first loss."""
+        Raises when none answers in time, and `cause` when nothing came of those that did for as long."""
         self.doing = "reconnecting"
-        since = self._lost_since = self._lost_since or time.monotonic()
+        end = time.monotonic() + 2 * self._waits.service_s
         while True:
-            if self._closed.wait(_PAUSE_S) or time.monotonic() - since > self._waits.service_s:
+            if self._closed.wait(_PAUSE_S) or time.monotonic() > end:
                 raise cause
             self._client.wait_until_ready(self._waits.service_s, self._on_wait)
             try:
@@ -215,6 +216,10 @@ class Courier:
                 break
             except ServiceUnavailable as error:
                 cause = error
+        now = time.monotonic()
+        since = self._idle_since = self._idle_since or now
+        if now - since > self._waits.service_s:
+            raise cause
         if instance != self._instance:
             self._instance, self._is_new = instance, True
             self._publisher.forget()

@@ -22,12 +22,12 @@ from functools import partial
 from torch import nn
 
 from rlx.errors import DeadlineExceeded, GroupCancelled, ServiceError, ServiceUnavailable
-from rlx.learner.bottleneck import StepTimes
 from rlx.learner.courier import Client, Courier, Evaluator, Publisher, Served, Waits
 from rlx.learner.evaluation import Evaluation
 from rlx.learner.ledger import Ledger, Taken
 from rlx.learner.publish import Packed
 from rlx.learner.stream import Fetched
+from rlx.learner.tally import Arrived, Tally, num_tokens, times_of
 from rlx.wire import GroupRequest, GroupResult
 
 _MORE_ATTEMPTS = 3
@@ -45,28 +45,6 @@ class _Flight:
     """Why nothing usable came of it, until the service is found again"""
     is_foreign: bool = False
     """Whether something came, of weights that are not ours; that key is used up"""
-
-
-@dataclass(frozen=True)
-class _Arrived:
-    group: GroupResult
-    oldest: int
-    sent_at: float
-    arrived_at: float
-
-
-@dataclass
-class _Tally:
-    """What happened since the last batch. Times in seconds, of the monotonic clock."""
-
-    rollout_wait_s: float = 0.0
-    weight_sync_wait_s: float = 0.0
-    eval_s: float = 0.0
-    generated_tokens: int = 0
-    discarded_tokens: int = 0
-    put_back: int = 0
-    filtered: int = 0
-    served: Served | None = None
 
 
 class Feed:
@@ -97,10 +75,10 @@ class Feed:
         self._evaluates = evaluates if evaluator is not None else lambda step: False
         self._changed = threading.Condition(threading.RLock())
         self._flights: dict[str, _Flight] = {}
-        self._ready: dict[int, _Arrived] = {}
+        self._ready: dict[int, Arrived] = {}
         self._policy_of: dict[int, int] = {}
         self._sent_step, self._is_recovering = -1, False
-        self._events, self._tally = 0, _Tally()
+        self._events, self._tally = 0, Tally()
         self._error: BaseException | None = None
         self._is_closed = False
         self._courier = Courier(
@@ -192,20 +170,20 @@ class Feed:
     # --- a batch --------------------------------------------------------------------------------------------------
 
     def _hand_over(self, taken: Taken) -> Fetched:
-        tally, self._tally = self._tally, _Tally()
+        tally, self._tally = self._tally, Tally()
         groups = [self._ready.pop(number) for number in taken.consumed]
         unused = [self._ready.pop(number).group for number in (*taken.filtered, *taken.dropped)]
-        tally.discarded_tokens += sum(map(_num_tokens, unused))
+        tally.discarded_tokens += sum(map(num_tokens, unused))
         tally.filtered += len(taken.filtered)
         self._take_back(taken, tally)
         self._pump()
-        times = _times(tally, groups, taken.step)
+        times = times_of(tally, groups, taken.step)
         counts = {"rollout/requeued_groups": float(tally.put_back), "rollout/filtered_groups": float(tally.filtered)}
         weights = tally.served.times.metrics() if tally.served else {}
         times = replace(times, max_staleness=float(self._ledger.rules.max_staleness))
         return Fetched(taken.consumed, [arrived.group for arrived in groups], times, counts | weights)
 
-    def _take_back(self, taken: Taken, tally: _Tally) -> None:
+    def _take_back(self, taken: Taken, tally: Tally) -> None:
         tally.put_back += len(taken.cancelled) + len(taken.dropped)
         late = set(taken.cancelled)
         keys = [key for key, flight in self._flights.items() if (flight.number, flight.attempt) in late]
@@ -235,7 +213,7 @@ class Feed:
                     self._answered(flight, future)
                     self._pump()
                 elif future.exception() is None:  # it was taken back, and came all the same
-                    self._tally.discarded_tokens += _num_tokens(future.result())
+                    self._tally.discarded_tokens += num_tokens(future.result())
             except BaseException as error:  # a callback has nobody above it: the main thread raises this
                 self._failed(error)
             self._happened()
@@ -249,7 +227,7 @@ class Feed:
         except GroupCancelled as error:
             self._put_back(flight, error)
             return
-        tokens = _num_tokens(group)
+        tokens = num_tokens(group)
         self._tally.generated_tokens += tokens
         oldest = self._oldest_policy(flight, group)
         if oldest is None:
@@ -258,7 +236,7 @@ class Feed:
         self._courier.progressed()
         if self._ledger.arrived(flight.number, flight.attempt, oldest, self._has_spread(group)) == "kept":
             del self._flights[flight.request.key]
-            self._ready[flight.number] = _Arrived(group, oldest, flight.sent_at, time.monotonic())
+            self._ready[flight.number] = Arrived(group, oldest, flight.sent_at, time.monotonic())
         else:
             self._tally.discarded_tokens += tokens
             self._put_back(flight, self._foreign(group))
@@ -339,36 +317,3 @@ class Feed:
         with self._changed:
             self._events += 1
             self._changed.notify_all()
-
-
-def _num_tokens(group: GroupResult) -> int:
-    return sum(episode.num_sampled for episode in group.episodes)
-
-
-def _times(tally: _Tally, groups: list[_Arrived], step: int) -> StepTimes:
-    now, count = time.monotonic(), len(groups)
-    ages = [step - arrived.oldest for arrived in groups]
-    times = StepTimes(
-        rollout_wait_s=tally.rollout_wait_s,
-        weight_sync_wait_s=tally.weight_sync_wait_s,
-        eval_s=tally.eval_s,
-        generation_s=sum(arrived.group.generation_s for arrived in groups) / count,
-        reward_s=sum(arrived.group.reward_s for arrived in groups) / count,
-        in_flight_s=sum(arrived.arrived_at - arrived.sent_at for arrived in groups) / count,
-        queue_s=sum(now - arrived.arrived_at for arrived in groups) / count,
-        staleness_mean=sum(ages) / count,
-        staleness_max=float(max(ages)),
-        generated_tokens=float(tally.generated_tokens),
-        discarded_tokens=float(tally.discarded_tokens),
-    )
-    if tally.served is None:
-        return times
-    published = tally.served.times
-    return replace(
-        times,
-        weight_sync_s=published.total_s,
-        weight_sync_transfer_s=published.transfer_s,
-        weight_sync_pause_s=published.pause_s,
-        worker_busy=tally.served.worker_busy,
-        workers=float(tally.served.workers),
-    )
