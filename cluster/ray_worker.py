@@ -45,7 +45,7 @@ class WeightParcel:
 
 class RayWorker:
     """Engine `index`, on devices of its own. `start` makes its actor, also again after its process or its node died:
-    on the same devices, or, when their node is gone, on others as soon as Ray has some. The log goes on in one file."""
+    on the same devices, or, when their node is gone, on others as soon as Ray has some. The log goes on in one file. `on_phase` hears its name and what it does."""
 
     def __init__(
         self,
@@ -57,6 +57,7 @@ class RayWorker:
         parcel: WeightParcel,
         reserve_timeout_s: float = PLACEMENT_TIMEOUT_S,
         direct: DirectSettings | None = None,
+        on_phase: Callable[[str, str], None] = lambda name, phase: None,
     ):
         self.name = f"rlx-rollout-{index}"
         self.phase = "waiting"
@@ -69,6 +70,7 @@ class RayWorker:
         self._parcel = parcel
         self._reserve_timeout_s = reserve_timeout_s
         self._direct = direct
+        self._on_phase = on_phase
         self._actor: Any = None
         self._place: Place | None = None
         self._phase_since = time.monotonic()
@@ -121,6 +123,7 @@ class RayWorker:
 
     def _waits(self, missing: str) -> None:
         self.phase = f"waiting for {missing}"
+        self._on_phase(self.name, self.phase)
 
     async def status(self) -> WorkerStatus:
         return await self._call("status", timeout_s=STATUS_TIMEOUT_S)
@@ -185,6 +188,7 @@ class RayWorker:
 
     def _enter(self, phase: str) -> None:
         self.phase, self._phase_since = phase, time.monotonic()
+        self._on_phase(self.name, phase)
 
     async def _call(self, method: str, *arguments: Any, timeout_s: float | None = None) -> Any:
         """Without `timeout_s` the caller bounds the wait."""

@@ -18,7 +18,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlx.errors import ServiceUnavailable
 
-_FIRST_LOOK_S, _LOOK_S = 0.05, 1.0
+_FIRST_LOOK_S, _TELLING_S, _LOOK_S = 0.05, 0.2, 1.0
 
 
 class Reservation:
@@ -60,7 +60,7 @@ class Reservation:
                 self.release()
                 raise ServiceUnavailable(f"no {await self.missing()}, within {timeout_s:g} s")
             await asyncio.sleep(min(pause, max(end - time.monotonic(), 0)))
-            if pause == _LOOK_S:
+            if pause >= _TELLING_S:
                 on_wait(await self.missing())
             pause = min(2 * pause, _LOOK_S)
 

@@ -56,7 +56,7 @@ async def serve(config: Config, *, engine: EngineFactory = vllm_engine, on_progr
     stop = _Stop(on_progress)
     watchdog.guard()
     runtime = RayRuntime(config)
-    make_worker = worker_factory(config, runtime, engine, token)
+    make_worker = worker_factory(config, runtime, engine, token, lambda name, doing: service.fleet.note(name, doing))
     workers = [make_worker() for _ in range(config.vllm.data_parallel_size)]
     service = RolloutService(
         list(workers),
@@ -102,8 +102,10 @@ async def _load(runtime: RayRuntime, service: RolloutService, workers: list[RayW
         await service.start()
 
 
-def worker_factory(config: Config, runtime: RayRuntime, engine: EngineFactory, token: str) -> Callable[[], RayWorker]:
-    """Makes the service's workers, one after the other; no number is given twice."""
+def worker_factory(
+    config: Config, runtime: RayRuntime, engine: EngineFactory, token: str, on_phase: Callable[[str, str], None]
+) -> Callable[[], RayWorker]:
+    """Makes the service's workers, one after the other; no number is given twice. `on_phase`: see RayWorker."""
     numbers, log_dir, parcel = itertools.count(), Path(config.output_dir) / "logs", WeightParcel()
 
     def make_worker() -> RayWorker:
@@ -116,6 +118,7 @@ def worker_factory(config: Config, runtime: RayRuntime, engine: EngineFactory, t
             parcel=parcel,
             reserve_timeout_s=_RESERVING_SHARE * config.vllm.start_timeout,
             direct=DirectSettings(config, token) if config.service.direct else None,
+            on_phase=on_phase,
         )
 
     return make_worker

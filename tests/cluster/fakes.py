@@ -139,6 +139,11 @@ def fake_engine(config: Config, index: int) -> Engine:
     return TestEngine(seed=index, seconds_per_token=0.001)
 
 
+def steady_engine(config: Config, index: int) -> Engine:
+    """50 tokens a second, every completion as long as it may be; what is sampled depends on the request alone."""
+    return TestEngine(seconds_per_token=0.02, deterministic=True, length_of=lambda request_id, index: 10**9)
+
+
 def broken_engine(config: Config, index: int) -> Engine:
     engine = FakeEngine()
     engine.fail_next = ModelError("no model here")
