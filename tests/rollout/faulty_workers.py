@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import selectors
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
@@ -34,18 +35,25 @@ class JumpingLoop(asyncio.SelectorEventLoop):
     """`watch` is called between any two steps of what runs; what it raises ends the loop."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self._now = 0.0
+        self.now = 0.0
         self.watch: Callable[[], None] = lambda: None
+        super().__init__(_Selector(self))
 
     def time(self) -> float:
-        return self._now
+        return self.now
 
-    def _run_once(self) -> None:
-        if not self._ready and self._scheduled:  # type: ignore[attr-defined]
-            self._now = max(self._now, self._scheduled[0]._when)  # type: ignore[attr-defined]
-        super()._run_once()  # type: ignore[misc]
-        self.watch()
+
+class _Selector(selectors.DefaultSelector):
+    """Where the loop would wait for a deadline, it is that late at once."""
+
+    def __init__(self, loop: JumpingLoop) -> None:
+        super().__init__()
+        self._loop = loop
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        self._loop.watch()
+        self._loop.now += timeout or 0.0
+        return super().select(None if timeout is None else 0)
 
 
 def virtually(main: Coroutine[Any, Any, T], seconds: float = 100_000.0) -> T:

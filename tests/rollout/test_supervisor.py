@@ -505,7 +505,7 @@ STEP = st.one_of(
 )  # fmt: skip
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(steps=st.lists(STEP, max_size=25), publish=st.sampled_from(["together", "rolling"]))
 def test_a_worker_that_missed_a_version_never_serves_until_it_has_it_and_was_verified(steps, publish):
     async def main():
