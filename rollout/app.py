@@ -3,10 +3,11 @@
     data plane      POST /v1/rollouts, /v1/completions, /v1/chat/completions; GET /v1/models, /v1/workers
     control plane   POST /v1/session, /v1/rollouts/cancel, /v1/logprobs; POST and DELETE /v1/workers;
                     POST /v1/weights/announce, PUT /v1/weights/{version}, POST /v1/weights/{version}/commit:
-                    with the bearer token, always; weights not of a session (header `rlx-session`) that was replaced
+                    with the bearer token, always
     GET /health     never needs one
 
-Bodies, errors and the token are `http_bodies.py`'s.
+A request that names its session (header `rlx-session`) is refused when another one took over, or when this process was
+never told of it. Bodies, errors and the token are `http_bodies.py`'s.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from rlx.rollout.http_bodies import (
     field,
     json_object,
     json_response,
+    of_session,
     read_body,
     wanted,
     with_token,
 )
-from rlx.rollout.http_errors import SESSION_HEADER
 from rlx.rollout.service import RolloutService
 from rlx.wire import CONTENT_TYPE, WeightManifest, WireError, decode_frame, encode_frame
 
@@ -55,7 +56,7 @@ def _health(service: RolloutService) -> Any:
 def _data_plane(service: RolloutService) -> APIRouter:
     router = APIRouter(prefix="/v1")
 
-    @router.post("/rollouts")
+    @router.post("/rollouts", dependencies=[Depends(of_session(service.check_session))])
     async def rollouts(request: Request) -> Response:
         return await answer_group(request, service.rollout)
 
@@ -80,11 +81,8 @@ def _data_plane(service: RolloutService) -> APIRouter:
 
 
 def _control_plane(service: RolloutService) -> APIRouter:
-    async def of_this_session(request: Request) -> None:
-        service.check_session(request.headers.get(SESSION_HEADER))
-
     router = APIRouter(prefix="/v1")
-    router.include_router(_weights(service), dependencies=[Depends(of_this_session)])
+    router.include_router(_weights(service))
 
     @router.post("/session")
     async def session(request: Request) -> Response:
@@ -122,7 +120,7 @@ def _control_plane(service: RolloutService) -> APIRouter:
 
 
 def _weights(service: RolloutService) -> APIRouter:
-    router = APIRouter()
+    router = APIRouter(dependencies=[Depends(of_session(service.check_session))])
 
     @router.post("/weights/announce")
     async def announce(request: Request) -> Response:

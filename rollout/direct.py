@@ -85,6 +85,10 @@ class Leases:
     def __len__(self) -> int:
         return len(self._leases)
 
+    def check_session(self, session: str | None) -> None:
+        """As the service's."""
+        self._service.check_session(session)
+
     async def route(self, groups: list[GroupRequest], done: Iterable[str]) -> dict[str, list[dict[str, Any]]]:
         """End the leases of the keys `done`; find workers for `groups`, of which only key, sizes and deadline count.
 

@@ -11,7 +11,15 @@ import numpy as np
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 
 from rlx.rollout.direct import Leases, WorkerGroups
-from rlx.rollout.http_bodies import answer_errors, answer_group, json_object, json_response, read_body, with_token
+from rlx.rollout.http_bodies import (
+    answer_errors,
+    answer_group,
+    json_object,
+    json_response,
+    of_session,
+    read_body,
+    with_token,
+)
 from rlx.wire import GroupRequest, Sampling, WireError
 
 
@@ -33,7 +41,9 @@ def add_routes(app: FastAPI, leases: Leases, token: str | None, require_token: b
     """POST /v1/routes `{"groups": [{"key", "n", "prompt_tokens", "max_tokens", "deadline_s"}], "done": [keys]}` on the
     gateway's app; the answer is that of `Leases.route`."""
 
-    @app.post("/v1/routes", dependencies=[Depends(with_token(token))] if require_token else [])
+    guards = [Depends(of_session(leases.check_session)), *([Depends(with_token(token))] if require_token else [])]
+
+    @app.post("/v1/routes", dependencies=guards)
     async def routes(request: Request) -> Response:
         body = json_object((await read_body(request))[1])
         groups, done = body.get("groups", []), body.get("done", [])

@@ -16,7 +16,7 @@ from starlette.requests import ClientDisconnect
 
 from rlx.errors import RlxError, ServiceUnavailable
 from rlx.rollout.auth import check_bearer
-from rlx.rollout.http_errors import BodyTooLarge, UnsupportedBody, error_body, status_of
+from rlx.rollout.http_errors import SESSION_HEADER, BodyTooLarge, UnsupportedBody, error_body, status_of
 from rlx.wire import CONTENT_TYPE, GroupRequest, GroupResult, WireError
 
 MAX_BODY_BYTES = 64 * 2**20
@@ -31,6 +31,15 @@ def with_token(token: str | None) -> Callable[[Request], Awaitable[None]]:
         check_bearer(request.headers.get("authorization"), token)
 
     return check
+
+
+def of_session(check: Callable[[str | None], None]) -> Callable[[Request], Awaitable[None]]:
+    """A dependency that gives `check` the session which the request names, None where it names none."""
+
+    async def dependency(request: Request) -> None:
+        check(request.headers.get(SESSION_HEADER))
+
+    return dependency
 
 
 def answer_errors(app: FastAPI) -> None:

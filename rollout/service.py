@@ -204,9 +204,14 @@ class RolloutService:
         return {"instance": self.instance, "weight_version": self.fleet.weight_version, "replaced": replaced}
 
     def check_session(self, session: str | None) -> None:
-        """Raise SessionReplaced for a request of another session than the current one."""
-        if session is not None and self._session is not None:
-            check_session(session, self._session, "this request")
+        """Raise SessionReplaced for a request of another session than the current one, ServiceUnavailable when none
+        began yet: this is another process than the one that the learner knew."""
+        if session is None:
+            return
+        self.check_serving()
+        if self._session is None:
+            raise ServiceUnavailable(f"the service was started anew and does not know the session {session!r} yet")
+        check_session(session, self._session, "this request")
 
     # --- groups ---------------------------------------------------------------------------------------------------
 

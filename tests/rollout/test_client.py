@@ -18,6 +18,7 @@ from service_parts import QUICK, TOKEN, LocalScorer, LocalWorker, group, make_se
 from rlx.errors import (
     DeadlineExceeded,
     GroupCancelled,
+    RequestTooLong,
     ServiceError,
     ServiceUnavailable,
     SessionReplaced,
@@ -35,19 +36,19 @@ TIMEOUTS = ClientTimeouts(call_s=5, publish_s=5, connect_s=2)
 class Running:
     """A service on its own thread and loop. `call` runs a function there."""
 
-    def __init__(self, workers, scorer, settings, before_start, port):
+    def __init__(self, workers, scorer, settings, before_start, port, make_worker):
         self.service = None
         self.workers, self.scorer = workers, scorer
         self._listener = bind("127.0.0.1", port)
         self.port = self._listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        self._settings, self._before_start = settings, before_start
+        self._settings, self._before_start, self._make_worker = settings, before_start, make_worker
         self._up = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._main()))
 
     async def _main(self):
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-        self.service = make_service(self.workers, self.scorer, self._settings)
+        self.service = make_service(self.workers, self.scorer, self._settings, make_worker=self._make_worker)
         async with serving(create_app(self.service, TOKEN, False), self._listener):
             self._up.set()
             await self._before_start()
@@ -76,8 +77,8 @@ async def nothing():
     pass
 
 
-def run_service(workers=None, scorer=None, settings=QUICK, before_start=nothing, port=0):
-    return Running(workers or [LocalWorker()], scorer or LocalScorer(), settings, before_start, port)
+def run_service(workers=None, scorer=None, settings=QUICK, before_start=nothing, port=0, make_worker=None):
+    return Running(workers or [LocalWorker()], scorer or LocalScorer(), settings, before_start, port, make_worker)
 
 
 @contextmanager
@@ -350,6 +351,70 @@ def test_a_cancelled_key_may_come_again_in_a_new_session():
             raise AssertionError("the cancelled key was sampled")
         s.client.begin_session("s")
         assert s.client.submit(group("s/1")).result(5).key == "s/1"
+
+
+def test_a_gateway_that_comes_back_on_its_port_is_told_apart_and_serves_the_same_keys_again():
+    first = run_service().__enter__()
+    with RolloutClient(first.url, TOKEN, TIMEOUTS) as client:
+        client.wait_until_ready(5)
+        instance = client.begin_session("s")["instance"]
+        first.workers[0].silent = True
+        future = client.submit(group("s/1"))
+        while "s/1" not in first.workers[0].generated:
+            time.sleep(0.01)
+        first.__exit__()
+        with run_service(port=first.port) as second:
+            with pytest.raises(ServiceUnavailable, match=r"stopping|started anew|lost or refused"):
+                future.result(10)
+            client.wait_until_ready(5)
+            begun = client.begin_session("s")
+            assert begun["instance"] not in (instance, "")
+            assert begun["replaced"] == []
+            assert client.submit(group("s/1")).result(5).key == "s/1"
+            assert second.workers[0].generated.count("s/1") == 1
+
+
+def test_a_gateway_that_is_gone_is_an_error_after_a_few_tries(monkeypatch):
+    monkeypatch.setattr(client_module, "_FIRST_PAUSE_S", 0.01)
+    running = run_service().__enter__()
+    with RolloutClient(running.url, TOKEN, TIMEOUTS) as client:
+        client.wait_until_ready(5)
+        client.begin_session("s")
+        running.__exit__()
+        with pytest.raises(ServiceUnavailable, match=r"group 's/1'.*rlx vllm-serve"):
+            client.submit(group("s/1")).result(10)
+        with pytest.raises(ServiceUnavailable, match=r"weights 1: announce.*rlx vllm-serve"):
+            client.publish(weights(1, b"abcd"), b"abcd")
+        client.cancel(["s/1"])
+
+
+def test_a_prompt_beyond_the_context_is_asked_for_once():
+    asked = []
+
+    class Strict(LocalWorker):
+        async def generate(self, request_id, *rest):
+            if request_id == "g-1":
+                asked.append(request_id)
+                raise RequestTooLong("a prompt of 9 tokens leaves no room")
+            return await super().generate(request_id, *rest)
+
+    with served(workers=[Strict()]) as s:
+        with pytest.raises(RequestTooLong, match="9 tokens"):
+            s.client.submit(group()).result(5)
+        assert s.client.health()["status"] == "ok"
+    assert asked == ["g-1"]
+
+
+def test_workers_are_added_and_removed_from_here():
+    with served(workers=[LocalWorker("a")], make_worker=lambda: LocalWorker("b")) as s:
+        assert s.client.add_workers(1) == ["b"]
+        while [w["state"] for w in s.client.workers()["workers"]] != ["ready", "ready"]:
+            time.sleep(0.01)
+        s.client.remove_worker("a")
+        while [w["name"] for w in s.client.workers()["workers"]] != ["b"]:
+            time.sleep(0.01)
+        with pytest.raises(ServiceError, match="no worker 'a'; the workers are: b"):
+            s.client.remove_worker("a")
 
 
 def test_closing_gives_up_what_is_in_flight_and_ends_the_thread():

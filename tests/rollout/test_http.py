@@ -6,12 +6,24 @@ import asyncio
 import json
 import socket
 import stat
+import time
 from dataclasses import replace
 
 import httpx
 import numpy as np
 import pytest
-from service_parts import TOKEN, LocalScorer, LocalWorker, eventually, group, make_service, on_http, started, weights
+from service_parts import (
+    QUICK,
+    TOKEN,
+    LocalScorer,
+    LocalWorker,
+    eventually,
+    group,
+    make_service,
+    on_http,
+    started,
+    weights,
+)
 
 from rlx.errors import ConfigError, DeadlineExceeded, UserCodeError
 from rlx.rollout import http_bodies, weights_store
@@ -377,6 +389,76 @@ async def test_a_new_session_discards_an_update_that_was_not_committed(monkeypat
         await http.post("/v1/session", json={"session": "new"})
         assert list(tmp_path.iterdir()) == []
         assert error_of(await http.post("/v1/weights/1/commit"))[1] == "WeightSyncError"
+
+
+async def test_a_process_that_knows_nothing_of_the_session_says_so_instead_of_sampling_with_old_weights():
+    service = make_service([LocalWorker()])
+    async with started(service), on_http(service) as url, client(url, headers=BEARER) as http:
+        mine = {**FRAME, "rlx-session": "s"}
+        answer = error_of(await http.post("/v1/rollouts", content=group("s/1").encode(), headers=mine))
+        assert answer[:2] == (503, "ServiceUnavailable")
+        assert "started anew" in answer[2]
+        manifest = weights(1, b"abcd").to_json()
+        answer = error_of(await http.post("/v1/weights/announce", json=manifest, headers={"rlx-session": "s"}))
+        assert answer[:2] == (503, "ServiceUnavailable")
+        await http.post("/v1/session", json={"session": "s"})
+        assert (await http.post("/v1/rollouts", content=group("s/1").encode(), headers=mine)).status_code == 200
+
+
+# --- workers that are lost, join and leave ---
+
+
+async def test_a_killed_worker_costs_its_groups_time_and_nothing_else():
+    engines = [FakeEngine(seconds_per_token=0.002, length_of=lambda *_: 100) for _ in range(2)]
+    service = fake_service(*engines)
+    async with started(service), on_http(service) as url, client(url) as http:
+        requests = [long_group(f"g{i}") for i in range(8)]
+        waiting = [post_group(http, request) for request in requests]
+        await eventually(lambda: all(engine.load().running == 8 for engine in engines))
+        await engines[0].close()
+        answers = [GroupResult.decode(answer.content) for answer in await asyncio.gather(*waiting)]
+        assert [answer.key for answer in answers] == [request.key for request in requests]
+        assert {e.rows[0].ids.size for answer in answers for e in answer.episodes} == {100}
+        assert "w-1" in {answer.worker for answer in answers}
+        await eventually(lambda: service.health()[1]["status"] == "ok")
+        states = (await http.get("/v1/workers")).json()["workers"]
+        assert [w["name"] for w in states] == ["w-0", "w-1"]
+        assert all(w["load"]["generated_tokens"] >= 0 and w["limit"] >= 1 for w in states)
+
+
+async def test_a_service_that_lost_all_workers_for_good_answers_503_at_once():
+    workers = [LocalWorker("a"), LocalWorker("b")]
+    service = make_service(workers, settings=QUICK.model_copy(update={"max_restarts": 0}))
+    async with started(service), on_http(service) as url, client(url) as http:
+        for worker in workers:
+            worker.dead = f"reason {worker.name}"
+        await eventually(lambda: [w.state for w in service.workers()] == ["gone", "gone"])
+        start = time.monotonic()
+        status, name, message = error_of(await post_group(http, group(deadline_s=60)))
+        assert (status, name) == (503, "ServiceUnavailable")
+        assert "reason a" in message
+        assert "reason b" in message
+        assert time.monotonic() - start < 5
+        assert (await http.get("/health")).json()["status"] == "down"
+
+
+async def test_workers_are_added_and_removed_over_http():
+    service = make_service([LocalWorker("a")], make_worker=lambda: LocalWorker("b"))
+    async with started(service), on_http(service) as url, client(url, headers=BEARER) as http:
+        assert (await http.post("/v1/workers", json={"count": 1})).json() == {"names": ["b"]}
+        await eventually(lambda: len(service.fleet.ready()) == 2)
+        assert (await http.delete("/v1/workers/a")).json() == {"name": "a"}
+        await eventually(lambda: [w.name for w in service.workers()] == ["b"])
+        for answer in (await http.delete("/v1/workers/a"), await http.delete("/v1/workers/b")):
+            assert error_of(answer)[:2] == (400, "WireError")
+        for wrong in ({}, {"count": "1"}, {"count": 0}, {"count": True}, {"count": 10**6}):
+            assert error_of(await http.post("/v1/workers", json=wrong))[:2] == (400, "WireError")
+
+
+async def test_a_prompt_beyond_the_context_is_422():
+    service = make_service([LocalWorker()], max_model_len=2)
+    async with started(service), on_http(service) as url, client(url) as http:
+        assert error_of(await http.post("/v1/rollouts", json=PEOPLE))[:2] == (422, "RequestTooLong")
 
 
 def test_a_port_in_use_is_a_configuration_error_that_says_what_to_write():
