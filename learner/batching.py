@@ -39,6 +39,9 @@ class Layout:
     """The flash attention for packed rows; see `packing.Segments`"""
 
 
+PADDED = Layout()
+
+
 @dataclass(frozen=True)
 class Sample:
     """One training row. `token_weight` is what `losses.token_weights` gave its episode for the whole step."""
@@ -116,7 +119,7 @@ def split(
     world_size: int,
     micro_batches: int,
     token_budget: int | None = None,
-    layout: Layout = Layout(),
+    layout: Layout = PADDED,
 ) -> list[list[list[Sample]]]:
     """`result[rank][i]`: micro-batch i of a rank. Every sample lands in exactly one; all ranks have as many
     micro-batches.
@@ -226,7 +229,7 @@ def _extents(samples: Sequence[Sample], layout: Layout) -> Iterable[tuple[int, i
             yield (sample.num_forwarded - prompt, prompt) if shared else (sample.num_forwarded, 0)
 
 
-def collate(samples: Sequence[Sample], layout: Layout = Layout()) -> MicroBatch:
+def collate(samples: Sequence[Sample], layout: Layout = PADDED) -> MicroBatch:
     """Tensors of one micro-batch. Which tokens are trained comes from places alone, never from ids, so that an
     end-of-sequence token is trained also where the tokenizer pads with it."""
     if any(len(s.prompt_ids) == 0 for s in samples):

@@ -23,6 +23,7 @@ from rlx.errors import RlxError
 from rlx.learner.checkpoints import find_resume_point, save_final
 from rlx.learner.data import PromptSet, load_prompts
 from rlx.learner.feed import Feed
+from rlx.learner.forward import prepare
 from rlx.learner.model import load_model, saved_dtype
 from rlx.learner.progress import FailureNotes, ProgressReport
 from rlx.learner.ranks import Ranks
@@ -57,7 +58,12 @@ def train(config: Config, num_processes: int) -> None:
 
     client = connect(config, console) if is_first else None
     model = load_model(config)
+    forward = prepare(model, config)
+    for note in forward.notes:
+        console.print(f"note: {note}", **PLAIN)
     reference = load_model(config) if config.trl.beta > 0 else None
+    if reference is not None:
+        forward.apply_to(reference)
     held_out = test_set.prompts if test_set else []
     arguments = training_arguments(config, plan, total_steps, steps_per_epoch, longest_step_s(config, len(held_out)))
     _ = arguments.device  # the library sets up the process group here
@@ -85,8 +91,9 @@ def train(config: Config, num_processes: int) -> None:
                     print_samples(console, batch, config.trl.num_completions_to_print)
 
         return RolloutStream(
-            config, plan, ranks, train_set.prompts, lambda: trainer.state.global_step, total_steps, fetch, on_step
-        )
+            config, plan, ranks, train_set.prompts, lambda: trainer.state.global_step, total_steps, fetch, on_step,
+            forward.layout,
+        )  # fmt: skip
 
     clock = StepClock(plan.prompts_per_step / len(train_set.prompts))
     trainer = GRPOTrainer(

@@ -23,7 +23,7 @@ import xxhash
 from rlx.config import Config, Plan
 from rlx.episode import Episode, Row
 from rlx.learner.advantages import AdvantageOptions, Advantages, group_advantages, weighted_rewards
-from rlx.learner.batching import MicroBatch, Sample, collate, split
+from rlx.learner.batching import PADDED, Layout, MicroBatch, Sample, collate, split
 from rlx.learner.bottleneck import StepTimes
 from rlx.learner.data import Prompt
 from rlx.learner.losses import token_weights
@@ -177,8 +177,10 @@ class RolloutStream:
     """Iterates over the micro-batches of this rank from the trainer's current step to the last.
 
     `fetch(step)` is called on rank 0 only, once per step, when everything up to that step has been trained. `on_step`
-    sees every StepBatch, on all ranks.
+    sees every StepBatch, on all ranks. `num_micro_batches` are those of the step that is being iterated over.
     """
+
+    num_micro_batches = 0
 
     def __init__(
         self,
@@ -190,8 +192,9 @@ class RolloutStream:
         last_step: int,
         fetch: Callable[[int], Fetched],
         on_step: Callable[[StepBatch], None],
+        layout: Layout = PADDED,
     ):
-        self._config, self._plan, self._ranks, self._prompts = config, plan, ranks, prompts
+        self._config, self._plan, self._ranks, self._prompts, self._layout = config, plan, ranks, prompts, layout
         self._current_step, self._last_step = current_step, last_step
         self._fetch, self._on_step = fetch, on_step
         self.order = prompt_order(config, len(prompts))
@@ -200,7 +203,9 @@ class RolloutStream:
         for step in range(self._current_step(), self._last_step):
             batch = self._next(step)
             self._on_step(batch)
-            for micro_batch in self._micro_batches(batch):
+            micro_batches = self._micro_batches(batch)
+            self.num_micro_batches = len(micro_batches)
+            for micro_batch in micro_batches:
                 yield {"micro_batch": micro_batch}
 
     def _next(self, step: int) -> StepBatch:
@@ -243,8 +248,10 @@ class RolloutStream:
             )
             for row in episode.rows or (_NO_ROW,)
         ]  # fmt: skip
-        mine = split(samples, self._ranks.size, self._plan.gradient_accumulation_steps)[self._ranks.rank]
-        return [collate(samples) for samples in mine]
+        mine = split(
+            samples, self._ranks.size, self._plan.gradient_accumulation_steps, self._config.token_budget, self._layout
+        )[self._ranks.rank]
+        return [collate(samples, self._layout) for samples in mine]
 
 
 _SAME = 1e-8

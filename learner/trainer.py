@@ -1,6 +1,6 @@
 """The trainer: `transformers.Trainer` on the stream of scored groups, with the GRPO loss.
 
-    stream → micro-batch → log-probabilities (+ reference's) → policy_loss → backward   (gradient_accumulation_steps ×)
+    stream → micro-batch → log-probabilities (+ reference's) → policy_loss → backward   (× micro-batches of the step)
            → optimizer step → next step of the stream publishes the new weights
 
 The library owns the loop, optimizer, schedule, DDP, checkpoints. Ours: the loss, what is logged, the end marker of a
@@ -9,11 +9,13 @@ checkpoint.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -57,7 +59,7 @@ def training_arguments(
         output_dir=config.output_dir,
         max_steps=total_steps,
         per_device_train_batch_size=config.micro_batch_size,
-        gradient_accumulation_steps=plan.gradient_accumulation_steps,
+        gradient_accumulation_steps=1,  # one batch of the library's holds all micro-batches of a step
         learning_rate=config.learning_rate,
         optim=config.optimizer,
         lr_scheduler_type=config.lr_scheduler,
@@ -154,12 +156,18 @@ class GRPOTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], Any]:
-        """The micro-batches of the next optimizer step, with what the loss needs to know of the whole step's entropy:
-        `high_entropy_T`, which costs a forward pass of the step, and `entropy_weight`."""
-        samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        """One item: the micro-batches of the next optimizer step, with what the loss needs to know of the whole step's
+        entropy: `high_entropy_T`, which costs a forward pass of the step, and `entropy_weight`."""
+        samples = list(itertools.islice(epoch_iterator, 1))
+        if samples:
+            samples += itertools.islice(epoch_iterator, self.stream.num_micro_batches - 1)
+            samples = self._with_entropy(samples)
+        return [{"micro_batches": samples}] if samples else [], None
+
+    def _with_entropy(self, samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
         share = self._config.trl.top_entropy_quantile
-        if not samples or (share == 1 and not self._bonus.adaptive and self._bonus.applied == 0):
-            return samples, num_items
+        if share == 1 and not self._bonus.adaptive and self._bonus.applied == 0:
+            return samples
         masks: list[Tensor | None] = [None] * len(samples)
         count = sum(sample["micro_batch"].target_ids_T.numel() for sample in samples)
         if share < 1:
@@ -169,7 +177,17 @@ class GRPOTrainer(Trainer):
         self._num_entropy_tokens = int(self._ranks.sum_(torch.tensor(count)))
         weight = self._bonus.applied / max(1, self._num_entropy_tokens)
         pairs = zip(samples, masks, strict=True)
-        return [sample | {"high_entropy_T": mask, "entropy_weight": weight} for sample, mask in pairs], num_items
+        return [sample | {"high_entropy_T": mask, "entropy_weight": weight} for sample, mask in pairs]
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward of all micro-batches; ranks add up their gradients in the last."""
+        micro_batches, total = inputs["micro_batches"], torch.zeros((), device=self.args.device)
+        for i, micro_batch in enumerate(micro_batches):
+            is_last = i == len(micro_batches) - 1
+            self.accelerator.gradient_state._set_sync_gradients(is_last)
+            with nullcontext() if is_last else self.accelerator.no_sync(model=model):
+                total += super().training_step(model, micro_batch, num_items_in_batch)
+        return total
 
     def _entropies(self, batch: MicroBatch) -> Tensor:
         with torch.no_grad():
@@ -201,8 +219,8 @@ class GRPOTrainer(Trainer):
         if self._bonus.adaptive:
             acted_T = entropies_T.detach() if high_entropy_T is None else entropies_T.detach()[high_entropy_T]
             self._entropy_sum = self._entropy_sum + acted_T.sum().cpu()
-        # The weights already hold the step's normalisation: undo DDP's mean over ranks and the Trainer's over micro-batches.
-        return out.loss * self._ranks.size * self.current_gradient_accumulation_steps
+        # The weights already hold the step's normalisation: undo DDP's mean over ranks.
+        return out.loss * self._ranks.size
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means since the last log: over steps for rollouts and times, over tokens for the loss."""
