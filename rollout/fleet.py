@@ -34,7 +34,6 @@ TRANSITIONS: dict[tuple[State, Event], State] = {
     ("restarting", "loaded"): "catching_up",
     ("catching_up", "caught_up"): "verifying",
     ("verifying", "verified"): "ready",
-    ("verifying", "behind"): "catching_up",
     ("ready", "behind"): "catching_up",
     ("ready", "swapped"): "verifying",
     ("quarantined", "swapped"): "verifying",

@@ -145,27 +145,25 @@ class WeightUpdates:
     # --- for a worker that has to catch up ------------------------------------------------------------------------
 
     async def restore(self, member: Member) -> float | None:
-        """From catching_up to ready: the last committed weights, and the probe that came with them. Begins anew when
-        newer weights were committed meanwhile. Returns how far its log-probabilities were off, None without a probe.
+        """From catching_up to ready: the last committed weights, and the probe that came with them. It is behind again
+        when newer weights were committed meanwhile. Returns how far its log-probabilities are off, None without a probe.
 
-        Its errors are the worker's: they say that it did not answer, took other bytes, or has other log-probs.
+        Its errors are the worker's: it did not answer, took other bytes, or does not compute what the learner does.
         """
-        found = None
-        while True:
-            file = self._current
-            if file is not None:
-                with file.held() as path:
-                    await answer_of(member.name, self._timeout, member.worker.announce(file.manifest))
-                    await self._load(member, file.manifest, str(path))
-            elif member.weight_version != self._fleet.weight_version:
-                raise WeightSyncError(f"it has weights {member.weight_version}, which nobody published here")
+        off = None
+        if (file := self._current) is not None:
+            with file.held() as path:
+                await answer_of(member.name, self._timeout, member.worker.announce(file.manifest))
+                await self._load(member, file.manifest, str(path))
+            self._fleet.took(member, file.manifest.version)
             self._fleet.move(member, "caught_up")
-            if file is not None:
-                found = await self._verify(member, file.manifest)
-            if self._current is file:
-                self._fleet.move(member, "verified")
-                return found
-            self._fleet.move(member, "behind")
+            off = await self._verify(member, file.manifest)
+        elif member.weight_version != self._fleet.weight_version:
+            raise WeightSyncError(f"it has weights {member.weight_version}, which nobody published here")
+        else:
+            self._fleet.move(member, "caught_up")
+        self._fleet.move(member, "verified")
+        return off
 
     # --- inside ---------------------------------------------------------------------------------------------------
 
@@ -238,6 +236,7 @@ class WeightUpdates:
             return _now() - start
         pause_s = _now() - start
         if member.incarnation == incarnation and _runs(member):
+            self._fleet.took(member, manifest.version)
             if manifest.gate or member.kept:
                 await self._admit(member, manifest)
             if not self._rolling:
@@ -245,12 +244,9 @@ class WeightUpdates:
         return pause_s
 
     async def _load(self, member: Member, manifest: WeightManifest, path: str) -> None:
-        incarnation = member.incarnation
         loaded = await answer_of(member.name, self._timeout, member.worker.commit(manifest, path))
         if loaded != manifest.fingerprint:
             raise WeightSyncError(f"it loaded bytes with the fingerprint {loaded}, {manifest.fingerprint} was sent")
-        if member.incarnation == incarnation:
-            self._fleet.took(member, manifest.version)
 
     async def _admit(self, member: Member, manifest: WeightManifest) -> None:
         """The gate: verified before it serves."""

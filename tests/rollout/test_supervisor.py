@@ -461,6 +461,21 @@ def test_rolling_swaps_one_after_the_other_and_the_others_go_on():
     virtually(main())
 
 
+def test_a_worker_that_died_and_came_back_before_its_turn_has_had_it():
+    async def main():
+        workers = [FaultyWorker(f"w-{i}") for i in range(2)]
+        async with crew(*workers, publish="rolling", publish_timeout=2 * LATE_S) as c:
+            workers[0].faults["commit"] = ["late"]
+            task = asyncio.create_task(c.publish(1))
+            await asyncio.sleep(10)
+            c.fleet.mark_down(c.fleet.members[1], "killed")
+            outcome = await task
+            assert (outcome.workers, outcome.behind) == ({"w-0": 1, "w-1": 1}, [])
+            assert (workers[1].process, workers[1].calls.count("commit")) == (2, 1)
+
+    virtually(main())
+
+
 def test_rolling_gives_up_on_taking_turns_when_the_learner_would_wait_too_long():
     async def main():
         workers = [FaultyWorker(f"w-{i}") for i in range(9)]
