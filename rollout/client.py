@@ -245,7 +245,8 @@ class RolloutClient:
         answer = json.loads(await self._request("POST", f"{path}/commit", f"{who}: commit", _COMMIT * seconds))
         marks.append(time.monotonic())
         behind = tuple(f"{worker['name']}: {worker['cause']}" for worker in answer["behind"])
-        return PublishTimes(*np.diff(marks).tolist(), answer["pause_s"], behind)
+        announce_s, transfer_s, commit_s = np.diff(marks).tolist()
+        return PublishTimes(announce_s, transfer_s, commit_s, answer["pause_s"], behind)
 
     # --- the wire -------------------------------------------------------------------------------------------------
 

@@ -20,9 +20,9 @@ from typing import Any, NoReturn
 from rlx.errors import RlxError, ServiceError
 from rlx.rollout.fleet import Member
 from rlx.rollout.group_runner import GroupRunner
-from rlx.rollout.groups import GroupStore
+from rlx.rollout.groups import GroupStore, check_request
 from rlx.rollout.http_errors import error_body
-from rlx.rollout.service import KEPT_BYTES, KEPT_GROUPS, RolloutService, check_request
+from rlx.rollout.service import KEPT_BYTES, KEPT_GROUPS, RolloutService
 from rlx.rollout.worker import Worker
 from rlx.wire import GroupRequest, GroupResult
 

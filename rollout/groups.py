@@ -4,14 +4,15 @@ they are: a key belongs to the session that it begins with, `<session>/...`."""
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import xxhash
 
 from rlx.errors import GroupCancelled, ServiceError, ServiceUnavailable, SessionReplaced
-from rlx.wire import GroupRequest, GroupResult
+from rlx.wire import GroupRequest, GroupResult, WireError
 
 KEPT_CANCELLED = 16384
 """Cancelled keys that are remembered."""
@@ -135,6 +136,28 @@ class GroupStore:
 def _nbytes(result: GroupResult) -> int:
     rows = [row for episode in result.episodes for row in episode.rows]
     return sum(row.ids.nbytes + row.logprobs.nbytes for row in rows) + sum(len(e.text) for e in result.episodes)
+
+
+def check_request(request: GroupRequest) -> None:
+    """What the types of the wire do not say already."""
+    ids = request.prompt_ids
+    wrong = None
+    if not 0 < len(request.key) <= 512:
+        wrong = f"key must have 1 to 512 characters, got {len(request.key)}"
+    elif ids.ndim != 1 or ids.size == 0 or ids.min() < 0:
+        wrong = "prompt_ids must be a list of at least one token id, none negative"
+    elif request.num_generations < 1:
+        wrong = f"n must be at least 1, got {request.num_generations}"
+    elif not isinstance(request.prompt, str | list):
+        wrong = f"prompt must be a string or a list of messages, got {type(request.prompt).__name__}"
+    elif not isinstance(request.columns, Mapping):
+        wrong = f"columns must be an object, got {type(request.columns).__name__}"
+    elif not isinstance(request.sampling.max_tokens, int) or request.sampling.max_tokens < 1:
+        wrong = f"sampling.max_tokens must be a positive integer, got {request.sampling.max_tokens!r}"
+    elif not (math.isfinite(request.deadline_s) and request.deadline_s > 0):
+        wrong = f"deadline_s must be a positive number of seconds, got {request.deadline_s}"
+    if wrong:
+        raise WireError(f"not a group request: {wrong}")
 
 
 def session_of(key: str) -> str:

@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -28,8 +26,9 @@ from rlx.errors import RequestTooLong, RlxError, ServiceError, ServiceUnavailabl
 from rlx.rollout.deadline import deadline
 from rlx.rollout.fleet import Fleet, Member
 from rlx.rollout.group_runner import EPISODES, REWARDS, GroupRunner
-from rlx.rollout.groups import GroupStore, check_session
+from rlx.rollout.groups import GroupStore, check_request, check_session
 from rlx.rollout.router import Router
+from rlx.rollout.single_calls import SingleCalls
 from rlx.rollout.supervisor import Supervisor
 from rlx.rollout.weight_updates import WeightUpdates
 from rlx.rollout.weights_store import remove_leftovers
@@ -77,6 +76,7 @@ class RolloutService:
         self.supervisor = Supervisor(self.fleet, self.weights, settings, start_timeout_s)
         self.router = Router(self.fleet)
         self._runner = GroupRunner(episodes, scorer, settings.group_timeout, self.fleet.describe)
+        self._single = SingleCalls(self.fleet, self.router, settings.group_timeout)
         self._max_model_len, self._make_worker = max_model_len, make_worker
         self._leaving: set[asyncio.Task[None]] = set()
         self._scorer, self._episodes, self._settings = scorer, episodes, settings
@@ -285,63 +285,11 @@ class RolloutService:
             _log.warning("while %s left: %s", name, error)
 
     async def openai(self, route: str, body: dict[str, Any]) -> dict[str, Any] | AsyncIterator[str]:
-        """An OpenAI-shaped request on the least busy worker; one deadline for the answer or, streamed, its start."""
+        """An OpenAI-shaped request on a worker of the router's choice."""
         self.check_serving()
-        seconds = self._settings.group_timeout
-        async with deadline(seconds, lambda: f"no worker was free within {seconds:g} s: {self.fleet.describe()}"):
-            member, held = await self.router.place(1, 1)
-        with held:
-            async with deadline(seconds, lambda: f"worker {member.name} did not answer within {seconds:g} s"):
-                answer = await member.worker.openai(route, body)
-            if isinstance(answer, dict):
-                return answer
-            return _hold_while_streaming(answer, held.pop_all(), member.name, seconds)
+        return await self._single.openai(route, body)
 
     async def prompt_logprobs(self, ids: np.ndarray, worker: str | None = None) -> dict[str, np.ndarray]:
         """log p of `ids` int32 [T] on every ready worker, or on the named one: float32 [T-1] by worker name."""
         self.check_serving()
-        members = [self.fleet.named(worker)] if worker else self.fleet.ready()
-        if not members:
-            raise ServiceUnavailable(f"no rollout worker is ready: {self.fleet.describe()}")
-        return {member.name: await self._prompt_logprobs(member, ids) for member in members}
-
-    async def _prompt_logprobs(self, member: Member, ids: np.ndarray) -> np.ndarray:
-        seconds = self._settings.group_timeout
-        async with deadline(seconds, lambda: f"worker {member.name} did not answer within {seconds:g} s"):
-            with self.fleet.marking(member):
-                return await member.worker.prompt_logprobs(ids)
-
-
-async def _hold_while_streaming(
-    lines: AsyncIterator[str], held: ExitStack, name: str, seconds: float
-) -> AsyncIterator[str]:
-    """`lines`, each within `seconds`; the worker stays charged until the last, or until the generator is dropped."""
-    with held:
-        while True:
-            async with deadline(seconds, lambda: f"worker {name} sent nothing for {seconds:g} s"):
-                line = await anext(lines, None)
-            if line is None:
-                return
-            yield line
-
-
-def check_request(request: GroupRequest) -> None:
-    """What the types of the wire do not say already."""
-    ids = request.prompt_ids
-    wrong = None
-    if not 0 < len(request.key) <= 512:
-        wrong = f"key must have 1 to 512 characters, got {len(request.key)}"
-    elif ids.ndim != 1 or ids.size == 0 or ids.min() < 0:
-        wrong = "prompt_ids must be a list of at least one token id, none negative"
-    elif request.num_generations < 1:
-        wrong = f"n must be at least 1, got {request.num_generations}"
-    elif not isinstance(request.prompt, str | list):
-        wrong = f"prompt must be a string or a list of messages, got {type(request.prompt).__name__}"
-    elif not isinstance(request.columns, Mapping):
-        wrong = f"columns must be an object, got {type(request.columns).__name__}"
-    elif not isinstance(request.sampling.max_tokens, int) or request.sampling.max_tokens < 1:
-        wrong = f"sampling.max_tokens must be a positive integer, got {request.sampling.max_tokens!r}"
-    elif not (math.isfinite(request.deadline_s) and request.deadline_s > 0):
-        wrong = f"deadline_s must be a positive number of seconds, got {request.deadline_s}"
-    if wrong:
-        raise WireError(f"not a group request: {wrong}")
+        return await self._single.prompt_logprobs(ids, worker)
