@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
@@ -41,12 +42,14 @@ def place(key: str) -> str:
 
 class ScriptedWorker:
     """Draws each completion from a generator seeded with place, prompt and index. `events` tells what it was asked,
-    in order: ("publish", version) and ("generate", place, prompt ids). `lie` is added to the versions it stamps."""
+    in order: ("publish", version) and ("generate", place, prompt ids). `lie` is added to the versions it stamps; with
+    `slow` it takes up to that many seconds for a group, by chance."""
 
     name = "worker-0"
 
-    def __init__(self, finish_reason: str = "stop"):
+    def __init__(self, finish_reason: str = "stop", slow: float = 0.0):
         self.version, self.lie, self._finish_reason = 0, 0, finish_reason
+        self._slow, self._rng = slow, random.Random(0)
         self.events: list[tuple[Any, ...]] = []
         self.published: dict[int, bytes] = {}
         self.manifests: dict[int, WeightManifest] = {}
@@ -58,6 +61,8 @@ class ScriptedWorker:
 
     async def generate(self, request_id: str, prompt_ids: np.ndarray, n: int, sampling: Sampling) -> list[Completion]:
         self.events.append(("generate", place(request_id), tuple(prompt_ids.tolist())))
+        if self._slow:
+            await asyncio.sleep(self._rng.random() * self._slow)
         return [self._completion(request_id, prompt_ids, index, sampling) for index in range(n)]
 
     def _completion(self, request_id: str, prompt_ids: np.ndarray, index: int, sampling: Sampling) -> Completion:
@@ -129,8 +134,10 @@ class Served:
 
 
 @contextmanager
-def serve(score: Score = length_reward, finish_reason: str = "stop", worker: Any = None) -> Iterator[Served]:
-    """A service in a thread of its own, around `worker` or a scripted one."""
+def serve(
+    score: Score = length_reward, finish_reason: str = "stop", worker: Any = None, port: int = 0
+) -> Iterator[Served]:
+    """A service in a thread of its own, around `worker` or a scripted one; `port` 0 is any that is free."""
     served = Served(worker or ScriptedWorker(finish_reason))
     ready = threading.Event()
 
@@ -140,7 +147,7 @@ def serve(score: Score = length_reward, finish_reason: str = "stop", worker: Any
         scorer = ScriptedScorer(score)
         service = RolloutService([served.worker], scorer, SingleTurn(), settings, model="tiny", start_timeout_s=30)
         await service.start()
-        listener = bind("127.0.0.1", 0)
+        listener = bind("127.0.0.1", port)
         served.port = listener.getsockname()[1]
         served.stop = lambda: loop.call_soon_threadsafe(over.set)
         async with serving(create_app(service, TOKEN, False), listener):

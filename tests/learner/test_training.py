@@ -4,7 +4,6 @@ and two, stopped and resumed."""
 from __future__ import annotations
 
 import time
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -183,21 +182,3 @@ def test_a_model_that_was_trained_is_kept_when_the_last_evaluation_fails(tmp_pat
     with serve(score) as served, pytest.raises(UserCodeError, match="3 values"):
         train(config_for(path, served), 1)
     assert final(tmp_path)
-
-
-@pytest.mark.parametrize("staleness", [1, 2])
-def test_generation_beside_training_uses_every_prompt_once_and_none_that_is_too_old(
-    tmp_path: Path, staleness: int
-) -> None:
-    keys = {"max_steps": None, "num_epochs": 2, "samples_per_step": 100, "eval_steps": 3}
-    path = write_run(tmp_path, async_={"max_staleness": staleness}, **keys)
-    with serve() as served:
-        train(config_for(path, served), 1)
-    samples = lines(tmp_path / "out" / "samples.jsonl")
-    assert Counter(s["prompt"] for s in samples) == {f"data {i} =": 2 * 4 for i in range(10)}
-    metrics = lines(tmp_path / "out" / "metrics.jsonl")
-    assert [r["step"] for r in metrics] == list(range(1, 11))
-    assert 0 < max(r["sample/staleness_max"] for r in metrics) <= staleness
-    evals = lines(tmp_path / "out" / "evals.jsonl")
-    assert [e["step"] for e in evals] == [0, 3, 6, 9, 10]
-    assert len({e["weight_version"] for e in evals}) == 5
