@@ -1,9 +1,10 @@
-"""The terminal: a progress bar on a TTY, one line per log otherwise."""
+"""The terminal: a progress bar on a TTY, otherwise two lines per log: the step, and what bounded it."""
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
@@ -32,18 +33,19 @@ class ProgressReport(TrainerCallback):
             self._bar.add_task("training", total=state.max_steps, completed=state.global_step, line="")
             self._bar.start()
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if not logs or "loss" not in logs:
             return
-        self._files.metrics(state.global_step, logs)
+        self._files.metrics(state.global_step, {k: v for k, v in logs.items() if k != "bottleneck_line"})
         line = summary(logs)
         if self._bar is not None:
+            line = f"{line}  {logs['bottleneck']}"
             self._bar.update(self._bar.task_ids[0], completed=state.global_step, line=line)
         else:
             done = state.global_step - self._began_at
             left = (time.perf_counter() - self._began) / max(done, 1) * (state.max_steps - state.global_step)
             self._console.print(
-                f"step {state.global_step}/{state.max_steps}  {line}  left {_clock(left)}",
+                f"step {state.global_step}/{state.max_steps}  {line}  left {_clock(left)}\n    {logs['bottleneck_line']}",
                 highlight=False,
                 markup=False,
                 soft_wrap=True,
@@ -91,8 +93,8 @@ class FailureNotes:
             )  # fmt: skip
 
 
-def summary(logs: dict[str, float]) -> str:
-    """reward, KL, length, and the split of the step's time, in one line."""
+def summary(logs: Mapping[str, Any]) -> str:
+    """reward, KL, length, and what training waited for in the step's time, in one line."""
     reward, unscored = logs["reward"], logs["frac_reward_none"]
     parts = ["reward none, nothing to learn from" if math.isnan(reward) else f"reward {reward:.3f}"]
     if 0 < unscored < 1:
@@ -102,7 +104,7 @@ def summary(logs: dict[str, float]) -> str:
         parts.append(f"kl {logs['kl']:.4f}")
     parts.append(
         f"{logs['perf/step_s']:.2f} s = rollouts {logs['perf/rollout_wait_s']:.2f} + train {logs['perf/fwd_bwd_s']:.2f}"
-        f" + publish {logs['perf/weight_sync_s']:.2f}"
+        f" + publish {logs['perf/weight_sync_wait_s']:.2f}"
     )
     return "  ".join(parts)
 

@@ -20,6 +20,9 @@ def test_workers_that_cannot_keep_up_are_generation_bound_and_the_missing_ones_a
     assert times.headline() == "generation-bound: 3 more workers would balance it"
     assert replace(times, rollout_wait_s=4, fwd_bwd_s=6).headline().endswith("bound: 2 more workers would balance it")
     assert replace(times, rollout_wait_s=3, fwd_bwd_s=7).headline().endswith("bound: 1 more worker would balance it")
+    assert replace(times, rollout_wait_s=5, fwd_bwd_s=3).suggestion() == "2 more workers would balance it"
+    assert replace(times, rollout_wait_s=3.8, worker_busy=1).suggestion() == "2 more workers would balance it"
+    assert replace(times, rollout_wait_s=3.5, worker_busy=1).suggestion() == "1 more worker would balance it"
     unknown = replace(times, worker_busy=math.nan)
     assert unknown.headline() == "generation-bound: 3 more workers would balance it"
 
@@ -35,7 +38,7 @@ def test_a_slow_learner_is_told_how_many_workers_would_do_or_processes_would_hel
     times = replace(AHEAD, rollout_wait_s=0.2, fwd_bwd_s=9.6, workers=4, processes=2, worker_busy=0.45)
     assert times.verdict() == "learner-bound"
     assert times.suggestion() == "2 of the 4 workers would do, or 4 learner processes would keep them busy"
-    assert replace(times, worker_busy=0.5).suggestion().startswith("2 of the 4 workers")
+    assert replace(times, worker_busy=0.51).suggestion().startswith("2 of the 4 workers")
     assert replace(times, workers=1, worker_busy=0.5).suggestion() == "4 learner processes would keep them busy"
     assert replace(times, worker_busy=math.nan).headline() == "learner-bound"
 
@@ -77,6 +80,7 @@ def test_it_is_balanced_where_neither_side_waits() -> None:
         (6.0, 3.0, 1.0, 9.0, "reward-bound", "1.7"),
         (2.0, 7.0, 1.0, 0.5, "learner-bound", "1.4"),
         (2.0, 2.0, 6.0, 0.5, "publish-bound", "1.7"),
+        (2.0, 4.5, 3.5, 0.5, "learner-bound", "2.2"),
         (5.0, 4.5, 0.5, 0.5, "balanced", "2.0"),
         (9.6, 0.2, 0.2, 0.5, "generation-bound", ""),
     ],

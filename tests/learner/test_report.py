@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, replace
+from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 
 from fake_service import lines
 from PIL import Image
 from rich.console import Console
+from test_bottleneck import AHEAD
 
 from rlx.learner.evaluation import Evaluation
-from rlx.learner.progress import summary
+from rlx.learner.progress import ProgressReport, summary
 from rlx.learner.report import RunFiles, evaluation_line, evaluation_table
 
 
@@ -115,10 +118,48 @@ def test_the_curve_is_an_image_with_gaps_where_there_was_no_reward(tmp_path: Pat
 def test_the_line_of_a_step_splits_its_time_and_tells_what_had_no_reward() -> None:
     logs = {
         "reward": 0.5, "frac_reward_none": 0.0, "completions/mean_length": 7.25, "kl": 0.01, "perf/step_s": 3.0,
-        "perf/rollout_wait_s": 1.0, "perf/fwd_bwd_s": 1.5, "perf/weight_sync_s": 0.25,
+        "perf/rollout_wait_s": 1.0, "perf/fwd_bwd_s": 1.5, "perf/weight_sync_wait_s": 0.25,
     }  # fmt: skip
     times = "3.00 s = rollouts 1.00 + train 1.50 + publish 0.25"
     assert summary(logs) == f"reward 0.500  len 7.2  kl 0.0100  {times}"
     assert summary(logs | {"frac_reward_none": 0.25}) == f"reward 0.500  (25% without)  len 7.2  kl 0.0100  {times}"
     nothing = summary(logs | {"frac_reward_none": 1.0, "reward": math.nan})
     assert nothing == f"reward none, nothing to learn from  len 7.2  kl 0.0100  {times}"
+
+
+LOGS = {
+    "loss": 0.1, "reward": 0.5, "frac_reward_none": 0.0, "completions/mean_length": 7.25,
+    **replace(AHEAD, rollout_wait_s=6, fwd_bwd_s=4).logs(),
+}  # fmt: skip
+STATE = SimpleNamespace(global_step=0, max_steps=9)
+
+
+def shown(files: RunFiles, console: Console, logs: dict) -> str:
+    report, state = ProgressReport(console, files), SimpleNamespace(global_step=3, max_steps=9)
+    report.on_train_begin(None, STATE, None)
+    report.on_log(None, state, None, logs)
+    report.on_log(None, state, None, {"train_runtime": 1.0})
+    report.stop()
+    printed: str = console.file.getvalue()  # type: ignore[attr-defined]
+    return printed
+
+
+def test_a_step_is_two_lines_the_second_of_which_says_what_bounded_it(tmp_path: Path) -> None:
+    printed = shown(RunFiles(tmp_path, 0), Console(file=StringIO(), width=80), LOGS)
+    step, bottleneck = printed.splitlines()
+    assert step.startswith(
+        "step 3/9  reward 0.500  len 7.2  10.00 s = rollouts 6.00 + train 4.00 + publish 0.00  left "
+    )
+    assert bottleneck == f"    {LOGS['bottleneck_line']}"
+    assert bottleneck.startswith("    generation-bound: learner waited 60%, workers idle 5%")
+    [record] = lines(tmp_path / "metrics.jsonl")
+    assert record["bottleneck"] == "generation-bound: 3 more workers would balance it"
+    assert "bottleneck_line" not in record
+    assert record["perf/rollout_wait_s"] == 6
+
+
+def test_the_bar_of_a_terminal_ends_with_the_verdict(tmp_path: Path) -> None:
+    console = Console(file=StringIO(), width=250, force_terminal=True)
+    printed = shown(RunFiles(tmp_path, 0), console, LOGS)
+    assert "publish 0.00  generation-bound: 3 more workers would balance it" in printed
+    assert "learner waited" not in printed
