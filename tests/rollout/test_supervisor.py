@@ -143,6 +143,57 @@ def test_a_worker_that_cannot_take_what_the_others_can_is_restarted_and_the_upda
     virtually(main())
 
 
+# --- probes ---
+
+
+async def probe_hangs(c, worker):
+    worker.faults["generate"] = ["hang"]
+    while worker.faults["generate"]:  # noqa: ASYNC110 - on a clock that jumps
+        await asyncio.sleep(0.5)
+
+
+def test_a_worker_that_is_asked_for_a_token_and_gives_none_is_restarted():
+    async def main():
+        good, bad = pair()
+        async with crew(good, bad) as c:
+            await probe_hangs(c, bad)
+            await c.until("good")
+            assert c.fleet.members[1].cause == "worker bad generated no token within 60 s"
+            await c.until("good", "bad")
+            assert bad.process == 2
+
+    virtually(main())
+
+
+def test_a_probe_that_met_an_update_does_not_count():
+    async def main():
+        good, bad = pair()
+        async with crew(good, bad) as c:
+            await probe_hangs(c, bad)
+            await c.publish(1)
+            await asyncio.sleep(300)
+            assert (c.ready(), bad.process) == (["good", "bad"], 1)
+
+    virtually(main())
+
+
+def test_nobody_is_asked_for_a_token_while_generation_pauses():
+    async def main():
+        worker = FaultyWorker()
+        async with crew(worker, publish_timeout=2 * LATE_S) as c:
+            worker.faults["commit"] = ["late"]
+            task = asyncio.create_task(c.publish(1))
+            await asyncio.sleep(LATE_S / 10)
+            asked = worker.calls.count("generate")
+            await asyncio.sleep(LATE_S / 2)
+            assert worker.calls.count("generate") == asked
+            await task
+            await asyncio.sleep(100)
+            assert worker.calls.count("generate") > asked
+
+    virtually(main())
+
+
 # --- restarts that fail ---
 
 
