@@ -164,18 +164,39 @@ def _neighbours(samples: Sequence[Sample], layout: Layout) -> list[Sample]:
 
 
 def _fill(ordered: list[Sample], token_budget: int, world_size: int, layout: Layout) -> list[list[Sample]]:
-    """Micro-batches of at most `token_budget` tokens, as many for every rank."""
-    parts: list[list[Sample]] = []
-    for sample in ordered:
-        if parts and num_tokens([*parts[-1], sample], layout) <= token_budget:
-            parts[-1].append(sample)
-        else:
-            parts.append([sample])
+    """Micro-batches of at most `token_budget` tokens, as few as that needs, as many for every rank, of equal sizes as
+    far as samples can be parted."""
+    count = -(-len(_take(ordered, token_budget, layout)) // world_size) * world_size
+    low, high = 1, token_budget
+    while high - low > max(1, token_budget // 64):
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(_take(ordered, middle, layout)) <= count else (middle, high)
+    parts = _take(ordered, high, layout)
     while len(parts) % world_size:
         whole = max((part for part in parts if len(part) > 1), key=lambda part: cost(part, layout))
         half = len(whole) // 2
         parts.append(whole[half:])
         del whole[half:]
+    return parts
+
+
+def _take(ordered: list[Sample], most_tokens: int, layout: Layout) -> list[list[Sample]]:
+    """Cut into parts of at most so many tokens; a longer sample is a part of its own."""
+    parts: list[list[Sample]] = []
+    open_group: list[Sample] = []  # end of the last part: those that may share a prompt with the next sample
+    before = 0  # tokens of that part in front of the open group
+    for sample in ordered:
+        stays = not layout.packed or (
+            layout.share_prompts and bool(open_group) and sample.prompt_key == open_group[0].prompt_key
+        )
+        if open_group and not stays:
+            before, open_group = before + num_tokens(open_group, layout), []
+        if parts and before + num_tokens([*open_group, sample], layout) <= most_tokens:
+            parts[-1].append(sample)
+            open_group.append(sample)
+        else:
+            parts.append([sample])
+            before, open_group = 0, [sample]
     return parts
 
 
