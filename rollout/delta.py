@@ -37,7 +37,7 @@ from rlx.errors import WeightBaseMismatch, WeightSyncError
 T = TypeVar("T")
 Buffer = bytes | bytearray | memoryview | mmap.mmap
 
-MAX_CHANGED = 0.1
+MAX_CHANGED = 0.2
 """Fraction of changed elements above which everything is sent: finding, packing and adding them takes longer."""
 
 _MAGIC, _VERSION = b"RLXD", 1
