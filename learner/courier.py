@@ -225,11 +225,12 @@ class Courier:
             self._publisher.forget()
 
     def _look_at_workers(self) -> tuple[int, float]:
-        """How many there are, and the share of time since the last look in which they were busy, mean."""
+        """How many are ready, and the share of time since the last look in which they were busy, mean."""
         with contextlib.suppress(ServiceUnavailable):  # the next errand finds out
             workers = self._client.workers()["workers"]
-            now, busy_s = time.monotonic(), {w["name"]: float(w.get("load", {}).get("busy_s", 0.0)) for w in workers}
+            now, busy_s = time.monotonic(), {w["name"]: float(w["load"]["busy_s"]) for w in workers}
             (then, before), self._load = self._load, (now, busy_s)
             shares = [(busy_s[name] - before[name]) / (now - then) for name in busy_s.keys() & before.keys()]
-            return len(workers), min(1.0, sum(shares) / len(shares)) if shares and any(busy_s.values()) else math.nan
+            ready = sum(worker["state"] == "ready" for worker in workers)
+            return ready, min(1.0, sum(shares) / len(shares)) if shares and any(busy_s.values()) else math.nan
         return 1, math.nan

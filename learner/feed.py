@@ -22,6 +22,7 @@ from functools import partial
 from torch import nn
 
 from rlx.errors import DeadlineExceeded, GroupCancelled, ServiceError, ServiceUnavailable
+from rlx.learner.bottleneck import StepTimes
 from rlx.learner.courier import Client, Courier, Evaluator, Publisher, Served, Waits
 from rlx.learner.evaluation import Evaluation
 from rlx.learner.ledger import Ledger, Taken
@@ -51,7 +52,8 @@ class Feed:
     """`request_of(number, attempt)` makes the request of a ticket; `has_spread` tells whether a group's rewards differ.
 
     `evaluates(step)`: whether the policy of `step` is to be evaluated. `patience_s` bounds the time in which nothing at
-    all happens while a step waits; each thing that it waits for has its own, shorter deadline.
+    all happens while a step waits; each thing that it waits for has its own, shorter deadline. `shares_cpu`: whether the
+    workers compute on the learner's cores.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Feed:
         on_evaluation: Callable[[Evaluation, Packed], None],
         on_wait: Callable[[str], None],
         patience_s: float,
+        shares_cpu: bool = False,
     ):
         self._client, self._publisher, self._ledger = client, publisher, ledger
         self._request_of, self._has_spread, self._patience_s = request_of, has_spread, patience_s
@@ -79,6 +82,7 @@ class Feed:
         self._policy_of: dict[int, int] = {}
         self._sent_step, self._is_recovering = -1, False
         self._events, self._tally = 0, Tally()
+        self._always = StepTimes(max_staleness=float(ledger.rules.max_staleness), shares_cpu=float(shares_cpu))
         self._error: BaseException | None = None
         self._is_closed = False
         self._courier = Courier(
@@ -177,10 +181,9 @@ class Feed:
         tally.filtered += len(taken.filtered)
         self._take_back(taken, tally)
         self._pump()
-        times = times_of(tally, groups, taken.step)
+        times = times_of(tally, groups, taken.step, self._always)
         counts = {"rollout/requeued_groups": float(tally.put_back), "rollout/filtered_groups": float(tally.filtered)}
         weights = tally.served.times.metrics() if tally.served else {}
-        times = replace(times, max_staleness=float(self._ledger.rules.max_staleness))
         return Fetched(taken.consumed, [arrived.group for arrived in groups], times, counts | weights)
 
     def _take_back(self, taken: Taken, tally: Tally) -> None:
@@ -288,6 +291,7 @@ class Feed:
             kept = served.step - self._ledger.rules.max_staleness - 1
             self._policy_of = {version: step for version, step in self._policy_of.items() if step >= kept}
             self._tally.served = served
+            self._always = replace(self._always, workers=float(served.workers))
             self._ledger.serve(served.step)
             self._pump()
             self._happened()

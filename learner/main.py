@@ -56,7 +56,7 @@ def train(config: Config, num_processes: int) -> None:
     steps_per_epoch = plan.steps_per_epoch(len(train_set.prompts))
     _print_plan(config, plan, train_set, total_steps, console)
 
-    client = connect(config, console) if is_first else None
+    client = connect(config, plan, console) if is_first else None
     model = load_model(config)
     forward = prepare(model, config)
     for note in forward.notes:

@@ -7,7 +7,9 @@ import os
 import uuid
 from collections.abc import Callable
 from functools import partial
+from urllib.parse import urlsplit
 
+import torch
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
@@ -28,6 +30,8 @@ from rlx.rollout.auth import service_token
 from rlx.rollout.client import MAX_IN_FLIGHT, ClientTimeouts, RolloutClient
 
 _MARGIN_S = 60.0
+_MOST_CONNECTIONS = 4096
+_THIS_MACHINE = ("127.0.0.1", "localhost", "::1")
 
 
 class Rollouts:
@@ -76,6 +80,7 @@ class Rollouts:
             on_evaluation=on_evaluation,
             on_wait=say_waiting(config, console),
             patience_s=patience_s(config, len(held_out)),
+            shares_cpu=not torch.cuda.is_available() and urlsplit(config.base_url).hostname in _THIS_MACHINE,
         )
 
     def state(self) -> dict[str, object]:
@@ -128,9 +133,16 @@ def longest_step_s(config: Config, num_held_out: int) -> float:
     return rounds * patience_s(config, num_held_out)
 
 
-def connect(config: Config, console: Console) -> RolloutClient:
+def connect(config: Config, plan: Plan, console: Console) -> RolloutClient:
     """A client of a service that is up; waits for it, and says so."""
-    client = RolloutClient(config.base_url, service_token(), ClientTimeouts(publish_s=config.service.publish_timeout))
+    groups = math.ceil(plan.prompts_per_step * (config.async_.max_staleness + config.async_.oversample))
+    client = RolloutClient(
+        config.base_url,
+        service_token(),
+        ClientTimeouts(publish_s=config.service.publish_timeout),
+        min(max(MAX_IN_FLIGHT, groups), _MOST_CONNECTIONS),
+        direct=config.service.direct,
+    )
     client.wait_until_ready(config.trl.vllm_server_timeout, say_waiting(config, console))
     return client
 

@@ -38,10 +38,12 @@ def num_tokens(group: GroupResult) -> int:
     return sum(episode.num_sampled for episode in group.episodes)
 
 
-def times_of(tally: Tally, groups: list[Arrived], step: int) -> StepTimes:
+def times_of(tally: Tally, groups: list[Arrived], step: int, always: StepTimes) -> StepTimes:
+    """Of `step` with `groups`; `always` holds what is the same in every step."""
     now, count = time.monotonic(), len(groups)
     ages = [step - arrived.oldest for arrived in groups]
-    times = StepTimes(
+    times = replace(
+        always,
         rollout_wait_s=tally.rollout_wait_s,
         weight_sync_wait_s=tally.weight_sync_wait_s,
         eval_s=tally.eval_s,
@@ -63,5 +65,4 @@ def times_of(tally: Tally, groups: list[Arrived], step: int) -> StepTimes:
         weight_sync_transfer_s=published.transfer_s,
         weight_sync_pause_s=published.pause_s,
         worker_busy=tally.served.worker_busy,
-        workers=float(tally.served.workers),
     )

@@ -176,7 +176,7 @@ class Client:
 
     def workers(self) -> dict[str, Any]:
         self._check_up()
-        return {"workers": [{"name": "worker-0", "load": {"busy_s": time.monotonic()}}]}
+        return {"workers": [{"name": "worker-0", "state": "ready", "load": {"busy_s": time.monotonic()}}]}
 
     def commit(self, version: int, policy: float, full: bool) -> None:
         service = self._service
