@@ -25,9 +25,12 @@ def test_workers_of_an_untied_model_have_the_trained_weights(llama, tmp_path):
             assert learner.wait(RUN_S) == 0, learner.output
         assert difference(client, tmp_path, sequences) < TOLERANCE
         assert difference(client, llama.model, sequences) > 4 * TOLERANCE  # what a skipped sync would give
-        assert client.workers()["weight_version"] == first + 5
-    samples = read_rows(tmp_path / "samples.jsonl")
-    assert all(s["rows"][0]["versions"] == [[first + s["step"] - 1, len(s["rows"][0]["ids"])]] for s in samples)
+        assert first < client.workers()["weight_version"] <= first + 5
+    steps = read_rows(tmp_path / "metrics.jsonl")
+    assert [step["step"] for step in steps] == [1, 2, 3, 4, 5]
+    assert max(step["sample/staleness_max"] for step in steps) <= 1  # the default of async.max_staleness
+    versions = [row["versions"] for s in read_rows(tmp_path / "samples.jsonl") for row in s["rows"]]
+    assert all(version >= first for runs in versions for version, _ in runs)
     assert AutoModelForCausalLM.from_pretrained(tmp_path).config.tie_word_embeddings is False
     assert AutoTokenizer.from_pretrained(tmp_path)("a")["input_ids"] == AutoTokenizer.from_pretrained(llama.model)("a")["input_ids"]  # fmt: skip
     assert not list(tmp_path.glob("checkpoint-*"))
