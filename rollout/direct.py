@@ -57,16 +57,14 @@ class _Lease:
     placed: asyncio.Future[Member]
     over: asyncio.Event
     task: asyncio.Task[None]
-    incarnation: int = -1
 
     def holds(self, ready: list[Member]) -> bool:
-        """Whether it waits for a place, or its worker is the process that it was and may work."""
+        """Whether it waits for a place, or its worker may work: as the process that it was, or anew."""
         if not self.placed.done():
             return True
         if self.placed.cancelled() or self.placed.exception():
             return False
-        member = self.placed.result()
-        return member in ready and member.incarnation == self.incarnation
+        return self.placed.result() in ready
 
 
 class Leases:
@@ -143,7 +141,6 @@ class Leases:
             del self._leases[group.key]
 
     async def _until_over(self, lease: _Lease, member: Member) -> NoReturn:
-        lease.incarnation = member.incarnation
         lease.placed.set_result(member)
         try:
             await lease.over.wait()

@@ -36,7 +36,7 @@ async def leases_end(stage: Stage) -> None:
 async def test_groups_do_not_pass_the_gateway_and_are_what_it_would_give(runtime, tmp_path):
     async with service_on_ray(config(tmp_path), runtime) as stage:
         await stage.publish(1)
-        requests = [group(f"g{i}", n=4, max_tokens=40) for i in range(16)]
+        requests = [group(f"g{i}", n=4, max_tokens=40, deadline_s=600) for i in range(16)]
         direct = await stage.rollouts(requests)
         assert {r.worker for r in direct} == {"rlx-rollout-0", "rlx-rollout-1"}
         assert stage.gateway.requests["/v1/rollouts"] == 0
