@@ -15,6 +15,7 @@ import asyncio
 import json
 import mmap
 import os
+import signal
 import socket
 import statistics
 import sys
@@ -106,9 +107,12 @@ async def serve(listener: socket.socket, model: str | None, workers: int) -> Non
         return float(seconds)
 
     app.add_api_route("/reload", reload, methods=["POST"])
+    over = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, over.set)
     async with serving(app, listener):
         await service.start()
-        await asyncio.Event().wait()
+        await over.wait()
+    await service.drain(0)
 
 
 # --- the learner's ----------------------------------------------------------------------------------------------------
@@ -244,7 +248,8 @@ def main() -> None:
             for shape in list(SHAPES)[: 2 if args.quick else None]:
                 path = real_model(shape, folder / shape)
                 insecure = ("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # to time the reload where it happens
-                with child(Path(__file__), {"model": str(path), "workers": 1}, insecure) as url:
+                quiet = ("VLLM_LOGGING_LEVEL", "ERROR")
+                with child(Path(__file__), {"model": str(path), "workers": 1}, insecure, quiet) as url:
                     from transformers import AutoModelForCausalLM
 
                     found = measure(url, AutoModelForCausalLM.from_pretrained(path, dtype="float32"), repeats, folder)
