@@ -111,6 +111,8 @@ class Fleet:
         self.on_event: Callable[[str], None] = lambda line: None
         self.updating = False
         self.updates = 0
+        self.changes = 0
+        """Counts whatever may change who is ready."""
         self._settings = settings
         self._previous: int | None = None
         self._change = asyncio.Event()
@@ -256,6 +258,7 @@ class Fleet:
         ) or "there is no worker"  # fmt: skip
 
     def _notify(self, member: Member | None = None) -> None:
+        self.changes += 1
         change, self._change = self._change, asyncio.Event()
         change.set()
         if member is not None:

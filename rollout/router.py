@@ -1,6 +1,6 @@
 """Which worker a group goes to, and when.
 
-    place ──► queue, first come first served ──► the ready worker with room and the fewest tokens in flight
+    place ──► queue, first come first served ──► the worker with room that would be done first (`candidates.py`)
 
 A whole group goes to one worker, where its prompt is computed once and shared by the samples. How many sequences a
 worker gets is found by asking it how loaded it is: more while nothing waits in its engine, less once its key-value
@@ -17,6 +17,7 @@ from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
 from rlx.errors import DeadlineExceeded, RlxError, ServiceUnavailable
+from rlx.rollout.candidates import Candidates
 from rlx.rollout.deadline import answer_of
 from rlx.rollout.fleet import Fleet, Member
 from rlx.rollout.worker import EngineLoad
@@ -67,6 +68,7 @@ class Router:
         self._limits: dict[str, Limit] = {}
         self._queue: deque[_Waiter] = deque()
         self._minding: asyncio.Task[None] | None = None
+        self._candidates = Candidates(fleet, self._has_room)
 
     @property
     def waiting(self) -> int:
@@ -110,13 +112,12 @@ class Router:
         """Give the first in the queue their workers, as far as there is room."""
         while self._queue:
             first = self._queue[0]
-            free = [m for m in self._fleet.ready() if self._has_room(m, first.completions)]
-            if not free:
+            member = self._candidates.first(first.completions)
+            if member is None:
                 break
             self._queue.popleft()
             if not first.place.done():
                 held = ExitStack()
-                member = min(free, key=lambda m: (m.tokens_in_flight, m.in_flight))
                 held.enter_context(self._charged(member, first))
                 first.place.set_result((member, held))
 
@@ -128,8 +129,10 @@ class Router:
     def _charged(self, member: Member, waiter: _Waiter) -> Iterator[None]:
         try:
             with self._fleet.charging(member, waiter.completions, waiter.tokens):
+                self._candidates.changed(member)
                 yield
         finally:
+            self._candidates.changed(member)
             self._dispatch()
 
     async def _mind(self) -> None:
@@ -141,6 +144,7 @@ class Router:
             else:
                 await asyncio.sleep(pause_s)
                 await asyncio.gather(*(self._ask(member) for member in self._busy()))
+                self._candidates.compare()
             self._dispatch()
 
     async def _wait_ready(self, seconds: float) -> None:
@@ -168,6 +172,7 @@ class Router:
                 self._fleet.mark_down(member, str(error))
             return
         if member.incarnation == incarnation:
+            self._candidates.learn(member, member.load, status.load)
             member.observe(status)
             self.limit(member).learn(status.load, member.in_flight)
 
