@@ -44,11 +44,12 @@ class GroupStore:
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
         self._num_finished, self._nbytes = 0, 0
         self._session: str | None = None
+        self._replaced: set[str] = set()
         self._cancelled: OrderedDict[str, None] = OrderedDict()
 
     async def get(self, request: GroupRequest, run: Callable[[GroupRequest], Awaitable[GroupResult]]) -> GroupResult:
-        if self._session is not None:
-            check_session(session_of(request.key), self._session, f"group {request.key!r}")
+        if self._session is not None and (asked := session_of(request.key)) in self._replaced:
+            check_session(asked, self._session, f"group {request.key!r}")
         digest = request_digest(request)
         entry = self._entries.get(request.key)
         if entry is None:
@@ -69,15 +70,20 @@ class GroupStore:
             raise
 
     def begin_session(self, session: str) -> list[str]:
-        """From here on only keys of `session` are taken; the running groups of others are cancelled, and named."""
-        self._session = session
+        """A learner takes over: from here on keys of the session before are refused, and its running groups are
+        cancelled, and named. Keys that are no learner's (of people, of `rlx rollout test`) are served all the same."""
+        replaced, self._session = self._session, session
         self._cancelled.clear()
-        others = [key for key, entry in self._entries.items() if not entry.task.done() and session_of(key) != session]
-        for key in others:
+        self._replaced.discard(session)
+        if replaced is None or replaced == session:
+            return []
+        self._replaced.add(replaced)
+        stopped = [k for k, entry in self._entries.items() if not entry.task.done() and session_of(k) == replaced]
+        for key in stopped:
             self._stop(
                 key, SessionReplaced(f"group {key!r} was stopped: the session {session!r} took the service over")
             )
-        return others
+        return stopped
 
     def cancel(self, keys: Iterable[str]) -> list[str]:
         """Stop the running groups among `keys` and name them; keys that were never seen are refused from here on."""

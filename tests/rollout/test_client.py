@@ -341,6 +341,16 @@ def test_cancelled_groups_raise_and_a_replaced_session_is_told_so():
         s.workers[0].open.set()
         other.publish(weights(1, b"abcd"), b"abcd")
         assert other.submit(group("second/1")).result(5).key == "second/1"
+        with pytest.raises(SessionReplaced, match="another learner took it over"):
+            other.submit(group("first/4")).result(5)
+
+
+def test_people_are_served_while_a_learner_has_the_service():
+    with served() as s, RolloutClient(s.running.url, TOKEN, TIMEOUTS) as person:
+        s.client.begin_session("learner")
+        assert person.submit(group("by hand/1")).result(5).key == "by hand/1"
+        s.client.begin_session("next learner")
+        assert person.submit(group("by hand/2")).result(5).key == "by hand/2"
 
 
 def test_a_cancelled_key_may_come_again_in_a_new_session():
