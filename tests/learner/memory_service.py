@@ -80,6 +80,11 @@ class Service:
         with self.arrived:
             assert self.arrived.wait_for(ready, 20), f"never happened; running: {sorted(self.running)}"
 
+    def tell(self, event: tuple[Any, ...]) -> None:
+        with self.arrived:
+            self.log.append(event)
+            self.arrived.notify_all()
+
     def tickets(self) -> list[str]:
         """Keys of what is running, without the session."""
         with self.lock:

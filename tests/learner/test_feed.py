@@ -40,13 +40,13 @@ class FakeEvaluator:
 
     def start(self, step: int, version: int) -> None:
         self.started.append((step, version))
-        self._service.log.append(("evaluation", step, self._service.policy))
+        self._service.tell(("evaluation", step, self._service.policy))
 
     def result(self, timeout_s: float) -> Any:
         assert self.over.wait(20)
         if self.errors:
             raise self.errors.pop()
-        self._service.log.append(("evaluated", self.started[-1][0], self._service.policy))
+        self._service.tell(("evaluated", self.started[-1][0], self._service.policy))
         return self.started[-1]
 
 
@@ -379,15 +379,21 @@ def test_the_next_weights_wait_for_an_evaluation_and_training_goes_on_meanwhile(
     assert run.evaluations == [((0, 1), b"0.0")]
 
 
-def test_the_policy_of_each_due_step_is_evaluated_also_when_publishing_is_slow():
+def test_the_policy_of_a_due_step_is_evaluated_also_when_publishing_is_slow():
+    """Step 2 has its groups, and waits until the weights of step 1 made way for its own."""
     service = Service()
     evaluator = FakeEvaluator(service)
-    keys = {"evaluates": lambda step: True, "evaluator": evaluator, "max_staleness": 2, "total_steps": 5}
-    with learner(service, **keys) as run, RandomTraffic(service, seed=2):
-        for _ in range(5):
-            run.step()
-        run.feed.finish(run.model)
-    assert [payload for _, payload in run.evaluations] == [f"{step}.0".encode() for step in range(6)]
+    with learner(service, evaluates=lambda step: step == 2, evaluator=evaluator, max_staleness=2) as run:
+        for number in range(2):
+            step = run.in_background()
+            service.finish(f"{2 * number}.0", f"{2 * number + 1}.0")
+            step()
+            run.publisher.may_send.clear()
+        step = run.in_background()
+        service.finish("4.0", "5.0")
+        run.publisher.may_send.set()
+        assert step().tickets == (4, 5)
+        service.wait_for(lambda: ("evaluated", 2, 2.0) in service.log)
 
 
 def test_an_evaluation_that_lost_its_service_is_made_anew_with_the_same_weights():
