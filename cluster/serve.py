@@ -1,7 +1,7 @@
 """`rlx vllm-serve`: puts the service together, runs it until a signal, and takes it apart again.
 
-port ─► gateway answers "loading" ─► Ray ─► placement group ─► actors: engines and rewards ─► ready
-SIGINT or SIGTERM ─► drain ─► actors ─► placement group ─► Ray ─► port; a second signal ends everything at once
+port ─► gateway answers "loading" ─► Ray ─► devices ─► actors: engines and rewards ─► ready
+SIGINT or SIGTERM ─► drain ─► actors ─► devices ─► Ray ─► port; a second signal ends everything at once
 """
 
 from __future__ import annotations

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -17,13 +19,14 @@ from rlx.rollout.client import ClientTimeouts, RolloutClient
 
 _LOOK_S = 0.5
 _CLOSE_S = 30.0
-_COLUMNS = ("name", "state", "node", "pid", "weights", "in flight", "kv-cache", "restarts", "cause")
+_PIPE_WIDTH = 120
+_COLUMNS = ("name", "state", "node", "pid", "weights", "in flight", "kv-cache", "restarts")
 
 
 def list_main(config: Config) -> int:
     """Print a table of the workers."""
     with _client(config) as client:
-        Console(highlight=False).print(_table(client.workers()))
+        _show(client.workers())
     return 0
 
 
@@ -47,11 +50,12 @@ def add_main(config: Config, count: int, timeout_s: float | None = None) -> int:
                 break
         if waiting:
             for name in waiting:
-                _remove(client, name)
+                with contextlib.suppress(ServiceError):  # it has gone meanwhile
+                    client.remove_worker(name)
             raise ServiceUnavailable(
                 f"not added within {seconds:g} s: {'; '.join(f'{name} ({said[name]})' for name in waiting)}"
             )
-        Console(highlight=False).print(_table(client.workers()))
+        _show(client.workers())
     return 0
 
 
@@ -60,8 +64,8 @@ def remove_main(config: Config, name: str) -> int:
     with _client(config) as client:
         if name not in (names := _by_name(client)):
             raise ServiceError(f"{config.base_url} has no worker {name!r}; it has {', '.join(names) or 'none'}")
+        client.remove_worker(name)
         _say(f"{name}: finishing what it has")
-        _remove(client, name)
         end = time.monotonic() + config.service.drain_timeout + _CLOSE_S
         while name in _by_name(client):
             if time.monotonic() >= end:
@@ -72,11 +76,6 @@ def remove_main(config: Config, name: str) -> int:
             time.sleep(_LOOK_S)
         _say(f"{name}: removed")
     return 0
-
-
-def _remove(client: RolloutClient, name: str) -> None:
-    with contextlib.suppress(ServiceError):  # it has gone meanwhile
-        client.remove_worker(name)
 
 
 def _by_name(client: RolloutClient) -> dict[str, dict[str, Any]]:
@@ -99,9 +98,11 @@ def _words(worker: dict[str, Any] | None) -> str:
     return worker["state"] + (f": {worker['cause']}" if worker["cause"] else "")
 
 
-def _table(answer: dict[str, Any]) -> Table:
-    """`answer`: of GET /v1/workers."""
-    table = Table(*_COLUMNS, title=f"weights {answer['weight_version']}", title_justify="left")
+def _show(answer: dict[str, Any]) -> None:
+    """Print `answer`, of GET /v1/workers: a table, and below it the causes."""
+    table = Table(title=f"weights {answer['weight_version']}", title_justify="left", box=box.SIMPLE_HEAD)
+    for column in _COLUMNS:
+        table.add_column(column, no_wrap=True)
     for worker in answer["workers"]:
         table.add_row(
             worker["name"],
@@ -112,6 +113,8 @@ def _table(answer: dict[str, Any]) -> Table:
             str(worker["in_flight"]),
             f"{worker['load']['kv_cache_usage']:.0%}",
             str(worker["restarts"]),
-            worker["cause"],
         )
-    return table
+    Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH).print(table)
+    for worker in answer["workers"]:
+        if worker["cause"]:
+            _say(f"{worker['name']}: {worker['cause']}")

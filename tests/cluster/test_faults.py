@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections import Counter
 
 import pytest
@@ -87,12 +88,16 @@ async def test_workers_join_and_leave_a_service_that_generates(
             await stage.comes_true(lambda: ray.available_resources().get("CPU") == 1)
             with pytest.raises(ServiceError, match="no worker 'rlx-rollout-3'; it has rlx-rollout-0, rlx-rollout-1"):
                 await asyncio.to_thread(remove_main, stage.config, "rlx-rollout-3")
+            await asyncio.to_thread(remove_main, stage.config, "rlx-rollout-1")
+            with pytest.raises(ServiceError, match="rlx-rollout-0 is the only worker"):
+                await asyncio.to_thread(remove_main, stage.config, "rlx-rollout-0")
         finally:
             cluster.remove_node(node)
     output = capsys.readouterr().out
     assert "rlx-rollout-3: ready" in output
     assert "rlx-rollout-3: removed" in output
     assert "weights 1" in output
+    assert re.search(r"rlx-rollout-3 +ready +[\d.]+ +\d+ +1 +\d+ +0% +0", output)
 
 
 async def test_a_new_learner_takes_the_service_over_from_a_killed_one(runtime, tmp_path):
