@@ -74,7 +74,7 @@ def prepare_head(model: PreTrainedModel) -> bool:
     head: Any = model.get_output_embeddings()
     if type(head) is not nn.Linear:
         return False
-    head.forward = types.MethodType(_forward, head)
+    vars(head)["forward"] = types.MethodType(_forward, head)
     return True
 
 
@@ -107,7 +107,7 @@ def score(
     dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight_VD.dtype
     with torch.autocast(device_type, enabled=False):
         bias_V = bias_V if bias_V is None else bias_V.to(dtype)
-        logprobs_T, entropies_T = _Score.apply(
+        logprobs_T, entropies_T = _Score.apply(  # type: ignore[no-untyped-call]
             hidden_TD.to(dtype), weight_VD.to(dtype), bias_V, target_ids_T, temperature, compute_entropy,
             entropy_gradient,
         )  # fmt: skip

@@ -140,7 +140,7 @@ def segment_attention(
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     lengths = [s.stop - s.start for s in segments.spans]
-    parts = [tensor.split(lengths, dim=2) for tensor in (query, key, value)]
+    parts = [torch.split(tensor, lengths, dim=2) for tensor in (query, key, value)]
     place = {span.start: i for i, span in enumerate(segments.spans)}
     outputs = []
     for span, q, k, v in zip(segments.spans, *parts, strict=True):

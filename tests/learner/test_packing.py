@@ -225,7 +225,7 @@ def test_autocast_takes_the_products_in_its_type() -> None:
         logprobs, _ = head.score(hidden, weight, None, ids, 1.0)
         expected = (hidden @ weight.t()).float().log_softmax(-1).gather(1, ids[:, None])[:, 0]
     torch.testing.assert_close(logprobs, expected, rtol=1e-3, atol=1e-3)
-    logprobs.sum().backward()
+    logprobs.sum().backward()  # type: ignore[no-untyped-call]
     assert weight.grad is not None
     assert weight.grad.dtype == torch.float32
 
