@@ -8,6 +8,7 @@
     ├── ServiceError (RuntimeError)      the rollout service refused or failed
     │   ├── ServiceUnavailable           nobody answers, or a worker is down
     │   ├── WireError (ValueError)       bytes that are not in the wire format (in `rlx.wire`)
+    │   ├── RequestRefused               a request that cannot be carried out as things are
     │   ├── RequestTooLong               a request beyond the model's context length
     │   ├── GroupCancelled               the learner took a group back
     │   ├── SessionReplaced              another learner took the service over
@@ -56,6 +57,10 @@ class ServiceError(RlxError, RuntimeError):
 
 class ServiceUnavailable(ServiceError):
     """Nobody answers at the service's address, or one of its workers is down."""
+
+
+class RequestRefused(ServiceError):
+    """A request that is well-formed and cannot be carried out as things are; the message says why."""
 
 
 class RequestTooLong(ServiceError):

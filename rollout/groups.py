@@ -127,14 +127,11 @@ class GroupStore:
         nbytes = self._entries[key].nbytes = _nbytes(task.result())
         self._num_finished += 1
         self._nbytes += nbytes
-        if self._num_finished > self._max_groups or self._nbytes > self._max_bytes:
-            self._evict()
+        self._evict()
 
     def _evict(self) -> None:
-        finished = [key for key, entry in self._entries.items() if entry.nbytes is not None]
-        for oldest in finished:
-            if self._num_finished <= self._max_groups and self._nbytes <= self._max_bytes:
-                break
+        while self._num_finished > self._max_groups or (self._num_finished and self._nbytes > self._max_bytes):
+            oldest = next(key for key, entry in self._entries.items() if entry.nbytes is not None)
             self._num_finished -= 1
             self._nbytes -= self._entries.pop(oldest).nbytes or 0
 

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from rlx.config.sections import AsyncSection, ServiceSection
-from rlx.errors import RequestTooLong, RlxError, ServiceError, ServiceUnavailable
+from rlx.errors import RequestRefused, RequestTooLong, RlxError, ServiceError, ServiceUnavailable
 from rlx.rollout.deadline import deadline
 from rlx.rollout.fleet import Fleet, Member
 from rlx.rollout.group_runner import EPISODES, REWARDS, GroupRunner
@@ -271,9 +271,9 @@ class RolloutService:
         self.check_serving()
         staying = [m.name for m in self.fleet.members if m.state not in ("draining", "gone")]
         if name not in [m.name for m in self.fleet.members]:
-            raise WireError(f"there is no worker {name!r}; the workers are: {', '.join(staying)}")
+            raise RequestRefused(f"there is no worker {name!r}; the workers are: {', '.join(staying)}")
         if staying == [name]:
-            raise WireError(f"{name} is the only worker; add another one first")
+            raise RequestRefused(f"{name} is the only worker; add another one first")
         task = asyncio.create_task(self._retire(name), name=f"{name} leaves")
         self._leaving.add(task)
         task.add_done_callback(self._leaving.discard)

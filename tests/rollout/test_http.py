@@ -450,7 +450,7 @@ async def test_workers_are_added_and_removed_over_http():
         assert (await http.delete("/v1/workers/a")).json() == {"name": "a"}
         await eventually(lambda: [w.name for w in service.workers()] == ["b"])
         for answer in (await http.delete("/v1/workers/a"), await http.delete("/v1/workers/b")):
-            assert error_of(answer)[:2] == (400, "WireError")
+            assert error_of(answer)[:2] == (409, "RequestRefused")
         for wrong in ({}, {"count": "1"}, {"count": 0}, {"count": True}, {"count": 10**6}):
             assert error_of(await http.post("/v1/workers", json=wrong))[:2] == (400, "WireError")
 

@@ -22,6 +22,7 @@ from service_parts import (
 from rlx.errors import (
     DeadlineExceeded,
     ModelError,
+    RequestRefused,
     RequestTooLong,
     ServiceError,
     ServiceUnavailable,
@@ -292,11 +293,11 @@ async def test_workers_join_and_leave_while_groups_run():
         assert (await running).worker == "first", "it finishes what it has"
         await eventually(lambda: [w.name for w in service.workers()] == ["new-0", "new-1"])
         assert first.closed
-        with pytest.raises(WireError, match="no worker 'first'; the workers are: new-0, new-1"):
+        with pytest.raises(RequestRefused, match="no worker 'first'; the workers are: new-0, new-1"):
             service.remove_worker("first")
         service.remove_worker("new-1")
         await eventually(lambda: len(service.workers()) == 1)
-        with pytest.raises(WireError, match="the only worker"):
+        with pytest.raises(RequestRefused, match="the only worker"):
             service.remove_worker("new-0")
 
 
