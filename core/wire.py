@@ -126,7 +126,7 @@ class GroupRequest:
 
     def encode(self) -> bytes:
         head = {"kind": "group_request", "key": self.key, "prompt": self.prompt, "n": self.num_generations,
-                "sampling": asdict(self.sampling), "columns": dict(self.columns), "step": self.step,
+                "sampling": vars(self.sampling), "columns": dict(self.columns), "step": self.step,
                 "deadline_s": self.deadline_s, "seed": self.seed}  # fmt: skip
         return encode_frame(head, {"prompt_ids": self.prompt_ids.astype(np.int32)})
 
