@@ -60,8 +60,9 @@ PORT = BENCHMARKS / "trl_async_port"
 WORKERS, SLOTS, GROUPS, GENERATIONS, MEAN = 4, 8, 16, 8, 200
 SAMPLES = GROUPS * GENERATIONS
 SWAP_S = 0.005
-MORE_STEPS = 8
-"""Steps after the last measured one that the ledger still knows of, so that the pipeline does not run dry."""
+MORE_STEPS = 4
+"""Steps after the last measured one, so that the pipeline does not run dry before; with the last of them every prompt
+must have been consumed once."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class Case:
 
     @property
     def trace(self) -> Trace:
-        prompts = GROUPS * (self.steps + MORE_STEPS) * 3
+        prompts = GROUPS * (self.steps + MORE_STEPS) * 3  # TRL draws more than it trains
         return Trace(prompts, GENERATIONS, MEAN, 0.9, 4 * MEAN, self.outliers, self.seed)
 
     @property
@@ -106,7 +107,7 @@ class Case:
 
 @dataclass
 class Run:
-    """What a run did: times in seconds, per step; `consumed` counts samples by (ticket, index)."""
+    """What a run did: times in seconds, per step; `consumed` counts by ticket (rlx: groups, TRL: samples)."""
 
     ends: list[float]
     tokens: list[int]
@@ -115,6 +116,15 @@ class Run:
     consumed: Counter[int]
     first: int
     discarded: float = 0.0
+    lost: int = 0
+    """Groups: prompts of which not every sample was trained, though later ones were"""
+    doubled: int = 0
+
+    def cut(self, steps: int) -> None:
+        """Measure no more than the first `steps`."""
+        self.ends, self.tokens, self.samples, self.staleness = (
+            values[:steps] for values in (self.ends, self.tokens, self.samples, self.staleness)
+        )
 
     def step_s(self) -> float:
         return (self.ends[-1] - self.ends[self.first - 1]) / (len(self.ends) - self.first)
@@ -217,7 +227,14 @@ def learn(case: Case, max_staleness: int) -> Run:
             run.discarded += batch.times.discarded_tokens
 
         stream = RolloutStream(
-            config, plan, Ranks(60), prompts, lambda: 0, case.steps, lambda step: feed.batch(step, model), on_step
+            config,
+            plan,
+            Ranks(60),
+            prompts,
+            lambda: 0,
+            rules.total_steps,
+            lambda step: feed.batch(step, model),
+            on_step,
         )
         feed.start()
         try:
@@ -230,6 +247,9 @@ def learn(case: Case, max_staleness: int) -> Run:
                 run.ends.append(time.monotonic())
         finally:
             feed.close()
+    run.lost = sum(run.consumed[n] < 1 for n in range(rules.total_steps * GROUPS))
+    run.doubled = sum(count > 1 for count in run.consumed.values())
+    run.cut(case.steps)
     return run
 
 
@@ -254,10 +274,14 @@ def trl(case: Case, max_staleness: int, **more: int) -> Run:
         raise SystemExit(f"TRL's trainer failed:\n{done.stderr.decode()[-4000:]}")
     told = json.loads(done.stdout)
     consumed = Counter({int(group): count for group, count in told["trained"].items()})
-    return Run(
+    run = Run(
         told["ends"], told["tokens"], told["samples"], told["staleness"], consumed, case.kill_at or case.warm_up,
         told["dropped"],
     )  # fmt: skip
+    settled = sum(consumed.values()) // GENERATIONS - (max_staleness + 1) * GROUPS
+    run.lost = sum(consumed[n] < GENERATIONS for n in range(max(settled, 0)))
+    run.doubled = sum(count > GENERATIONS for count in consumed.values())
+    return run
 
 
 @contextlib.contextmanager
@@ -304,28 +328,17 @@ def measure(case: Case, ways: dict[str, Callable[[Case], Run]], repeats: int) ->
             for i, run in enumerate(runs)
         ]
         speed = [run.samples_per_step() / run.step_s() for run in runs]
-        lost, doubled = zip(*(lost_and_doubled(run) for run in runs), strict=True)
+        lost, doubled = sum(run.lost for run in runs), sum(run.doubled for run in runs)
         stale = statistics.mean(statistics.mean(run.staleness[case.warm_up :] or [math.nan]) for run in runs)
         rows[name] = {
             "samples_s": speed, "of_limit": of_limit, "step_s": [run.step_s() for run in runs], "staleness": stale,
-            "lost": sum(lost), "doubled": sum(doubled), "discarded": [run.discarded for run in runs],
+            "lost": lost, "doubled": doubled, "discarded": [run.discarded for run in runs],
         }  # fmt: skip
         print(
             f"    {name:28} {spread(speed, 1):24} samples/s   of the limit {spread(of_limit):22}  staleness {stale:4.2f}"
-            f"  lost {sum(lost)}, doubled {sum(doubled)}", flush=True,
+            f"  groups lost {lost}, doubled {doubled}", flush=True,
         )  # fmt: skip
     return {"case": case.name, "rows": rows}
-
-
-def lost_and_doubled(run: Run) -> tuple[int, int]:
-    """Groups: of those up to the highest that was consumed `MORE_STEPS` steps before the end, how many never came;
-    and how many came twice. TRL counts samples of a group."""
-    whole = max(run.consumed.values(), default=1)
-    expected = 1 if whole == 1 else GENERATIONS
-    total = sum(run.consumed.values()) // expected
-    settled = range(max(total - 2 * GROUPS * MORE_STEPS // 2, 0))
-    lost = sum(run.consumed[n] < expected for n in settled)
-    return lost, sum(count > expected for count in run.consumed.values())
 
 
 def ours(max_staleness: int) -> Callable[[Case], Run]:

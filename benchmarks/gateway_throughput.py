@@ -99,7 +99,9 @@ class MeasuredEngine(VllmEngine):
         from vllm.entrypoints.launchers.cli_args import make_arg_parser
         from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-        args = make_arg_parser(FlexibleArgumentParser()).parse_args(["--model", model, "--served-model-name", MODEL])
+        args = make_arg_parser(FlexibleArgumentParser()).parse_args(
+            ["--model", model, "--served-model-name", MODEL, "--enable-scale-out"]
+        )
         tasks = await self._llm.get_supported_tasks()
         app = build_app(args, tasks, self._llm.model_config)
         await init_app_state(self._llm, app.state, args, tasks)
