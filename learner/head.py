@@ -141,7 +141,8 @@ class _Score(torch.autograd.Function):
             exp_CV = logits_CV.sub_(greatest_C1).exp()
             sums_C1 = exp_CV.sum(dim=1, keepdim=True)
             if compute_entropy:
-                entropies_T[part] = (sums_C1.log() - exp_CV.mul(logits_CV).sum(dim=1, keepdim=True) / sums_C1)[:, 0]
+                expected_C1 = logits_CV.mul_(exp_CV).sum(dim=1, keepdim=True) / sums_C1
+                entropies_T[part] = (sums_C1.log() - expected_C1)[:, 0]
             normalizers_T[part] = (greatest_C1 + sums_C1.log())[:, 0]
             logprobs_T[part] = targets_C - normalizers_T[part]
             if keep:

@@ -159,7 +159,8 @@ def trl_sync(settings: Settings, model: Qwen2ForCausalLM) -> Step:
     def rollout() -> Any:
         batch = trl._generate_and_score_completions([{"prompt": "t2"}] * count)
         batch["advantages"] = torch.tensor(rollouts.advantages)
-        batch.pop("importance_sampling_ratio", None)
+        if settings.old:  # made-up log-probabilities of the rollout: their ratio is computed, then left out
+            batch["importance_sampling_ratio"] = torch.ones_like(batch["importance_sampling_ratio"])
         return batch
 
     ready = rollout()
