@@ -34,7 +34,7 @@ class DirectEndpoint:
     def __init__(self, worker: Worker, settings: DirectSettings):
         self._settings = settings
         self._scorer = RayScorer(settings.config, of=worker.name)
-        runner = GroupRunner(SingleTurn(), self._scorer, settings.config.service.group_timeout)
+        runner = GroupRunner(SingleTurn(), self._scorer, settings.config.group_deadline_s)
         self._groups = WorkerGroups(worker, runner)
         self._open = AsyncExitStack()
 

@@ -113,7 +113,7 @@ def make_ledger(config: Config, plan: Plan, total_steps: int, resume: ResumePoin
 def waits_of(config: Config, num_held_out: int) -> Waits:
     """An evaluation's groups wait for a connection behind those of the training, hence two waves more."""
     waves = math.ceil(num_held_out / MAX_IN_FLIGHT) + 2
-    return Waits(config.trl.vllm_server_timeout, waves * config.service.group_timeout)
+    return Waits(config.trl.vllm_server_timeout, waves * config.group_deadline_s)
 
 
 def patience_s(config: Config, num_held_out: int) -> float:
@@ -121,7 +121,7 @@ def patience_s(config: Config, num_held_out: int) -> float:
     waits = waits_of(config, num_held_out)
     return (
         waits.service_s + waits.evaluation_s + 4 * config.service.publish_timeout
-        + config.service.group_timeout + _MARGIN_S
+        + config.group_deadline_s + _MARGIN_S
     )  # fmt: skip
 
 

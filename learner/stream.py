@@ -148,7 +148,7 @@ def request_of(config: Config, prompt: Prompt, key: str, step: int, n: int, seed
         sampling=sampling_of(config),
         columns=prompt.columns,
         step=step,
-        deadline_s=config.service.group_timeout,
+        deadline_s=config.group_deadline_s,
         seed=xxhash.xxh64_intdigest(f"{config.seed}/{seed_of}".encode()) % 2**31,
     )
 

@@ -57,13 +57,12 @@ class GroupRunner:
             return f"group {request.key!r}: {who} did not answer within the {seconds:g} s of the group"
 
         async with deadline(seconds, message):
-            start = time.monotonic()
             lost: list[str] = []
             while True:
                 worker, waiting_for = "", ""
                 try:
                     async with assign(request) as member:
-                        worker = member.name
+                        worker, start = member.name, time.monotonic()
                         waiting_for = f"worker {worker}"
                         episodes = await self._episodes.run(member.worker, request)
                     break

@@ -75,7 +75,8 @@ class RolloutService:
         self.weights = WeightUpdates(self.fleet, settings, async_settings)
         self.supervisor = Supervisor(self.fleet, self.weights, settings, start_timeout_s)
         self.router = Router(self.fleet)
-        self._runner = GroupRunner(episodes, scorer, settings.group_timeout, self.fleet.describe)
+        self._group_deadline_s = settings.group_timeout * (async_settings.steps_in_flight if async_settings else 1)
+        self._runner = GroupRunner(episodes, scorer, self._group_deadline_s, self.fleet.describe)
         self._single = SingleCalls(self.fleet, self.router, settings.group_timeout)
         self._max_model_len, self._make_worker = max_model_len, make_worker
         self._leaving: set[asyncio.Task[None]] = set()
@@ -226,7 +227,7 @@ class RolloutService:
         self._check(request)
 
         async def run(_: GroupRequest) -> GroupResult:
-            seconds = min(request.deadline_s, self._settings.group_timeout)
+            seconds = min(request.deadline_s, self._group_deadline_s)
             async with (
                 deadline(seconds, lambda: f"group {request.key!r} was not done within its {seconds:g} s"),
                 self.router.assign(request) as member,

@@ -243,6 +243,11 @@ class Config(Section):
         return bool(trl.rollout_func or trl.environment_factory or trl.tools or self.envs)
 
     @property
+    def group_deadline_s(self) -> float:
+        """What a group has from its arrival at the service to its rewards."""
+        return self.service.group_timeout * self.async_.steps_in_flight
+
+    @property
     def normalizes_each_reward(self) -> bool:
         """GDPO: rewards are normalised one by one before they are summed."""
         return self.rl == "gdpo" or self.trl.multi_objective_aggregation == "normalize_then_sum"

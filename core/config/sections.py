@@ -237,12 +237,19 @@ class AsyncSection(Section):
         description="Nats: the mean |log p(worker) − log p(learner)| over the probe's tokens above which a worker gets no work, and training does not start. Probed before the first step, after every resume and after every restart of a worker.",
     )
 
+    @property
+    def steps_in_flight(self) -> int:
+        """Steps whose groups the service may have at a time."""
+        return 1 + self.max_staleness
+
 
 class ServiceSection(Section):
     """`service:` deadlines of the rollout service. rlx's own."""
 
     group_timeout: float = Field(
-        600.0, gt=0, description="Seconds that one group may take, from its arrival to its rewards."
+        600.0,
+        gt=0,
+        description="Seconds that one group may take, from its arrival to its rewards; times 1 + async.max_staleness, as the groups of that many steps wait in one queue.",
     )
     publish_timeout: float = Field(120.0, gt=0, description="Seconds that every worker has to take new weights.")
     probe_interval: float = Field(
