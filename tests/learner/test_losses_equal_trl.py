@@ -207,8 +207,8 @@ def shifted(batch: MicroBatch) -> MicroBatch:
 
 MUTATIONS: dict[str, tuple[Any, str, Any]] = {
     "the advantage's sign": (losses_module, "_objective", lambda f: lambda *a: -f(*a)),
-    "a mask that ends one token early": (Sample, "trained", lambda f: property(lambda s: f.fget(s)[:-1])),
-    "a mask that begins one token late": (Sample, "trained", lambda f: property(lambda s: f.fget(s)[1:])),
+    "a mask that ends one token early": (Sample, "trained", lambda f: property(lambda s: f.func(s)[:-1])),
+    "a mask that begins one token late": (Sample, "trained", lambda f: property(lambda s: f.func(s)[1:])),
     "log-probabilities of the token before": (trl_oracle, "collate", lambda f: lambda part: shifted(f(part))),
     "the sampler's log-probabilities off by one": (
         losses_module, "importance_ratio", lambda f: lambda old, sampling, *a: f(old, sampling.roll(1), *a),
