@@ -219,26 +219,42 @@ class TraceEngine:
         self._admit()
 
     def _advance(self) -> None:
-        """Give every running sequence the tokens of the time that has passed, and answer those that are finished."""
+        """Give every running sequence the tokens of the time that has passed. Those that ended in it did so at their
+        moment, and the next began then, however late this is called: an engine's process does not wait for ours."""
         now = time.monotonic()
+        while self._running and not self._paused:
+            end, _, sequence = self._running[0]
+            ends_at = self._at + max(end - self._clock, 0.0) * self._step_s()
+            if ends_at > now:
+                break
+            self._pass(ends_at)
+            heapq.heappop(self._running)
+            if not sequence.answer.done():
+                sequence.answer.set_result(_completion(sequence))
+            self._fill()
+        self._pass(now)
+
+    def _pass(self, now: float) -> None:
         if self._running and not self._paused:
             passed = now - self._at
-            tokens = passed * self._speed / self._decode.step_s(len(self._running))
+            tokens = passed / self._step_s()
             self._clock += tokens
             self._generated += tokens * len(self._running)
             self._busy_s += passed
             self._token_at = now
         self._at = now
-        while self._running and self._running[0][0] <= self._clock + 1e-6:
-            _, _, sequence = heapq.heappop(self._running)
-            if not sequence.answer.done():
-                sequence.answer.set_result(_completion(sequence))
 
-    def _admit(self) -> None:
+    def _step_s(self) -> float:
+        return self._decode.step_s(len(self._running)) / self._speed
+
+    def _fill(self) -> None:
         while self._waiting and len(self._running) < self._slots:
             sequence = self._waiting.popleft()
             sequence.begin, sequence.cuts = self._clock, [(self._clock, self._version)]
             heapq.heappush(self._running, (self._clock + sequence.length, next(self._order), sequence))
+
+    def _admit(self) -> None:
+        self._fill()
         self._schedule()
 
     def _schedule(self) -> None:
@@ -246,7 +262,7 @@ class TraceEngine:
             self._timer.cancel()
             self._timer = None
         if self._running and not self._paused:
-            left = (self._running[0][0] - self._clock) * self._decode.step_s(len(self._running)) / self._speed
+            left = (self._running[0][0] - self._clock) * self._step_s()
             self._timer = asyncio.get_running_loop().call_later(max(left, 0.0), self._wake)
 
     def _wake(self) -> None:
