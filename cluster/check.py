@@ -212,8 +212,8 @@ def _plan_table(config: Config, num_processes: int) -> Table:
         ("completions", f"{plan.completions_per_step} = {plan.prompts_per_step} × {plan.num_generations} generations"),
         ("micro-batches", f"at most {config.token_budget:,} tokens each" if config.token_budget else
                           f"{plan.gradient_accumulation_steps} × {config.micro_batch_size} completions on {num_processes} process(es)"),
-        ("staleness", f"at most {config.async_.max_staleness} steps" if config.async_.max_staleness else "0: sample, train, publish, in turn"),
-        ("tokens in flight, at most", f"{plan.completions_per_step * (config.max_prompt_length + trl.max_completion_length):,}"
+        ("staleness", f"at most {config.async_.max_staleness} step(s)" if config.async_.max_staleness else "0: sample, train, publish, in turn"),
+        ("tokens of it, at most", f"{plan.completions_per_step * (config.max_prompt_length + trl.max_completion_length):,}"
                                       f" ({config.max_prompt_length} prompt + {trl.max_completion_length} completion each)"),
         ("engines", f"{config.vllm.data_parallel_size} × tensor parallel {config.vllm.tensor_parallel_size}, {config.max_model_len} tokens of context"),
         ("loss", f"{trl.loss_type}, beta {trl.beta:g}{'' if trl.beta else ' (no reference model)'}"),
