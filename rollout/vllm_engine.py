@@ -254,6 +254,8 @@ class VllmEngine:
             await asyncio.wait(self._adding)
         await self._llm.pause_generation(mode="keep", clear_cache=True)
         await self._all_booked()
+        if self._meter is not None:
+            self._meter.cleared()
         in_flight = self._tokens_in_flight()
         if self._options.transport == "nccl":
             await update_over_nccl(self._llm, manifest)

@@ -19,6 +19,8 @@ class LoadMeter:
         self._states = llm.output_processor.request_states
         self._stats: Any = None
         self._tokens = self._preemptions = 0
+        self._thrown: dict[str, int] = {}
+        """Unfinished requests, and how often a swap has thrown their cache away since they last said anything"""
         self._busy_s = 0.0
         self._busy_since: float | None = None
         llm.logger_manager, llm.log_stats = None, False
@@ -29,6 +31,11 @@ class LoadMeter:
         if self._busy_since is None:
             self._busy_since = time.monotonic()
 
+    def cleared(self) -> None:
+        """A swap of weights cleared the caches. The engine core preempts what runs for that and reports it with the
+        request's next token; it does not mean that the cache is too small."""
+        self._thrown = {request_id: self._thrown.get(request_id, 0) + 1 for request_id in self._states}
+
     def received(self, outputs: Any) -> None:
         """One message of the engine core."""
         from vllm.v1.engine import EngineCoreEventType
@@ -38,7 +45,8 @@ class LoadMeter:
         for output in outputs.outputs:
             self._tokens += len(output.new_token_ids)
             if output.events:
-                self._preemptions += sum(e.type == EngineCoreEventType.PREEMPTED for e in output.events)
+                preempted = sum(e.type == EngineCoreEventType.PREEMPTED for e in output.events)
+                self._preemptions += max(0, preempted - self._thrown.pop(output.request_id, 0))
 
     def load(self) -> EngineLoad:
         self.settle()

@@ -110,8 +110,10 @@ async def test_requests_in_flight_keep_going_over_a_swap_and_their_versions_part
     ]
     await asyncio.sleep(0.1)
     manifest, path = subject.update(old + 1)
+    preemptions = subject.engine.load().preemptions
     await subject.engine.commit(manifest, path)
     completions = [c for group in await asyncio.gather(*running) for c in group]
+    assert subject.engine.load().preemptions == preemptions, "a swap says nothing about the size of the cache"
     assert all(sum(n for _, n in c.versions) == c.ids.size == c.logprobs.size for c in completions)
     crossed = [c for c in completions if len(c.versions) == 2]
     assert crossed, "no request was in flight during the swap"
