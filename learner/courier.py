@@ -30,6 +30,8 @@ _PAUSE_S = 0.3
 _ATTEMPTS = 5
 """Times that weights are sent, or an evaluation is begun, when the service is lost in between."""
 _JOIN_S = 5.0
+_NEWS_S = 0.2
+"""Seconds from one look at a worker's load to another that is told apart from the time that an answer takes."""
 
 
 class Client(Protocol):
@@ -69,7 +71,7 @@ class Served:
     times: PublishTimes
     workers: int
     worker_busy: float
-    """Share of the time since the last publish in which a worker had a sequence, mean; NaN where unknown."""
+    """Share of the time since they were last asked in which the workers had a sequence, mean; NaN without news."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,8 @@ class Courier:
         self._instance, self._served = "", None  # type: tuple[str, tuple[int, Packed] | None]
         self._idle_since: float | None = None
         """When a service was first found again of which nothing came yet"""
-        self._load: tuple[float, dict[str, float]] = (0.0, {})
+        self._load: dict[str, tuple[float, float]] = {}
+        """Of each worker, when it was asked last, and the seconds that it had been busy by then"""
         self._is_new = True
         self.generation = 0
         self.publishing = False
@@ -225,12 +228,19 @@ class Courier:
             self._publisher.forget()
 
     def _look_at_workers(self) -> tuple[int, float]:
-        """How many are ready, and the share of time since the last look in which they were busy, mean."""
+        """How many are ready, and the share of time that they were busy, mean over those with news since the last look.
+
+        The service asks its workers now and then, so each says how old its count of busy seconds is."""
         with contextlib.suppress(ServiceUnavailable):  # the next errand finds out
-            workers = self._client.workers()["workers"]
-            now, busy_s = time.monotonic(), {w["name"]: float(w["load"]["busy_s"]) for w in workers}
-            (then, before), self._load = self._load, (now, busy_s)
-            shares = [(busy_s[name] - before[name]) / (now - then) for name in busy_s.keys() & before.keys()]
+            workers, shares, now = self._client.workers()["workers"], [], time.monotonic()
+            for worker in workers:
+                found = (now - float(worker["load_age_s"]), float(worker["load"]["busy_s"]))
+                then, before = self._load.setdefault(worker["name"], found)
+                if (seconds := found[0] - then) < _NEWS_S:
+                    continue
+                self._load[worker["name"]] = found
+                if found[1] >= before and found[1]:  # else it is another process, or does not count them
+                    shares.append(min(1.0, (found[1] - before) / seconds))
             ready = sum(worker["state"] == "ready" for worker in workers)
-            return ready, min(1.0, sum(shares) / len(shares)) if shares and any(busy_s.values()) else math.nan
+            return ready, sum(shares) / len(shares) if shares else math.nan
         return 1, math.nan

@@ -56,7 +56,8 @@ class Member:
     `incarnation` counts its processes: what is heard of an earlier one says nothing about this one. `kept`: the
     process is sound, only its weights are refused; it is not restarted, the next update is its next chance.
     `cause` is why it left the ready ones, `last_cause` what went wrong since, `doing` what its start is about.
-    `token_at` is on the monotonic clock. `changed` is set when something happened that its supervisor should look at.
+    `token_at` and `load_at` are on the monotonic clock. `changed` is set when something happened that its supervisor
+    should look at.
     """
 
     worker: Worker
@@ -72,6 +73,7 @@ class Member:
     incarnation: int = 0
     kept: bool = False
     token_at: float = field(default_factory=time.monotonic)
+    load_at: float = field(default_factory=time.monotonic)
     node: str = ""
     pid: int = 0
     changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -98,7 +100,7 @@ class Member:
         """Note what the worker says of itself. More tokens than the one that a probe asks for are a success."""
         if status.load.generated_tokens > self.load.generated_tokens + 1:
             self.restarts = 0
-        self.node, self.pid, self.load = status.node, status.pid, status.load
+        self.node, self.pid, self.load, self.load_at = status.node, status.pid, status.load, time.monotonic()
         self.token_at = time.monotonic() - status.token_age_s
 
 
@@ -246,7 +248,7 @@ class Fleet:
     def statuses(self) -> list[WorkerStatus]:
         return [
             WorkerStatus(m.name, m.state, m.weight_version, round(m.token_age_s(), 3), m.in_flight, m.node, m.pid,
-                         m.explanation, m.load)
+                         m.explanation, m.load, load_age_s=round(time.monotonic() - m.load_at, 3))
             for m in self.members
         ]  # fmt: skip
 

@@ -32,7 +32,7 @@ class EngineLoad:
 class WorkerStatus:
     """`state`: of a worker itself loading, ready or down, of a member of the fleet those of `fleet.State`; `cause` says
     why it is not ready. `token_age_s`: seconds since it generated a token. `restarts`: since it last worked; `limit`:
-    sequences that the router gives it at most."""
+    sequences that the router gives it at most; `load_age_s`: seconds since `load` was found."""
 
     name: str
     state: str
@@ -45,6 +45,7 @@ class WorkerStatus:
     load: EngineLoad = EngineLoad()
     restarts: int = 0
     limit: int = 0
+    load_age_s: float = 0.0
 
 
 class Worker(Protocol):

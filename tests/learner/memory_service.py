@@ -181,7 +181,8 @@ class Client:
 
     def workers(self) -> dict[str, Any]:
         self._check_up()
-        return {"workers": [{"name": "worker-0", "state": "ready", "load": {"busy_s": time.monotonic()}}]}
+        load = {"busy_s": time.monotonic()}
+        return {"workers": [{"name": "worker-0", "state": "ready", "load": load, "load_age_s": 0.0}]}
 
     def commit(self, version: int, policy: float, full: bool) -> None:
         service = self._service
