@@ -66,16 +66,21 @@ def train(
     config: ConfigPath,
     num_processes: Processes = 1,
     dry_run: DryRun = False,
+    replay: Annotated[
+        Path | None,
+        typer.Option("--replay", metavar="FOLDER", help="Recorded rollouts to train on, without a service."),
+    ] = None,
 ) -> None:
     """Start the learner. It waits for the service of `rlx vllm-serve CONFIG` and trains."""
-    loaded = _load(config, context.args)
+    overrides = [*context.args, *(["--replay", str(replay)] if replay is not None else [])]
+    loaded = _load(config, overrides)
     if dry_run:
         from rlx.cluster.check import check_main
 
         raise typer.Exit(_guarded(lambda: check_main(loaded, num_processes)))
     from rlx.learner.launch import train_main
 
-    raise typer.Exit(_guarded(lambda: train_main(loaded, context.args, num_processes)))
+    raise typer.Exit(_guarded(lambda: train_main(loaded, overrides, num_processes)))
 
 
 @app.command(context_settings=_OVERRIDES, epilog=_EPILOG)

@@ -19,10 +19,10 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from rlx.config import Config
 from rlx.hub import located
+from rlx.learner.durable import write_atomically
 from rlx.learner.evaluation import Evaluation
 from rlx.learner.model import rollout_dtype
 from rlx.learner.publish import Packed
-from rlx.learner.trainer import write_atomically
 
 _RECORD = "evaluation.json"
 

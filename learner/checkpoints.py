@@ -1,20 +1,32 @@
-"""Which checkpoint to go on from, and the final model."""
+"""Checkpoints: what makes one complete, which one to go on from, and the final model.
+
+The library writes the files of a checkpoint; the marker comes last and holds their sizes, so that one that was not
+finished, or lost something since, is known.
+"""
 
 from __future__ import annotations
 
 import json
 import re
 import shutil
+import struct
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlx.config import Config
 from rlx.errors import ConfigError
-from rlx.learner.trainer import CHECKPOINT_MARKER
+from rlx.learner.durable import settle, write_atomically
+
+CHECKPOINT_MARKER = "rlx_state.json"
+_FORMAT = 2
+"""1 had neither `format` nor `files` in the marker; it is read."""
 
 
 @dataclass(frozen=True)
@@ -29,35 +41,109 @@ class ResumePoint:
     saved_at: float
     """Seconds since 1970. The newest is not always that of the most steps: a folder may hold those of two runs."""
 
+    @property
+    def feed_state(self) -> dict[str, Any]:
+        """As `Rollouts.state` gave it."""
+        return {"weight_version": self.weight_version} | ({} if self.ledger is None else {"ledger": self.ledger})
+
+
+def clear(folder: Path) -> None:
+    """Before a checkpoint is written to `folder`: what an earlier run left there must not complete it."""
+    (folder / CHECKPOINT_MARKER).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def seal(folder: Path, state: Mapping[str, Any]) -> None:
+    """When all files of a checkpoint are written: from here on it is one."""
+    marker = {"format": _FORMAT, "saved_at": time.time(), "files": settle(folder), **state}
+    write_atomically(folder / CHECKPOINT_MARKER, json.dumps(marker))
+
 
 def find_resume_point(config: Config) -> ResumePoint | None:
     """What `resume_from_checkpoint` or `auto_resume_from_checkpoints` asks for. Raises ConfigError."""
     if config.resume_from_checkpoint is not None:
         folder = Path(config.local(config.resume_from_checkpoint))
-        point = _read(folder)
-        if point is None:
-            complete = ", ".join(p.folder.name for p in _complete(Path(config.output_dir)))
+        if not _has_marker(folder):
             raise ConfigError(
                 f"{config.path}: resume_from_checkpoint: {folder} is no complete checkpoint of rlx ({CHECKPOINT_MARKER} is "
-                f"missing). {f'In {config.output_dir} there is: {complete}.' if complete else 'Remove the key to start anew.'}"
+                f"missing). {_others(config, folder)}"
             )
-        return point
+        return _read(config, folder)
     if config.auto_resume_from_checkpoints:
-        return max(_complete(Path(config.output_dir)), key=lambda p: p.saved_at, default=None)
+        folders = [folder for folder in sorted(Path(config.output_dir).glob("checkpoint-*")) if _has_marker(folder)]
+        newest = max(folders, key=_saved_at, default=None)
+        return None if newest is None else _read(config, newest)
     return None
 
 
-def _complete(output_dir: Path) -> list[ResumePoint]:
-    points = (_read(folder) for folder in sorted(output_dir.glob("checkpoint-*")))
-    return [point for point in points if point is not None]
+def _has_marker(folder: Path) -> bool:
+    return re.fullmatch(r"checkpoint-\d+", folder.name) is not None and (folder / CHECKPOINT_MARKER).is_file()
 
 
-def _read(folder: Path) -> ResumePoint | None:
-    marker = folder / CHECKPOINT_MARKER
-    if not re.fullmatch(r"checkpoint-\d+", folder.name) or not marker.is_file():
-        return None
-    state = json.loads(marker.read_text())
-    return ResumePoint(folder, state["step"], state["weight_version"], state.get("ledger"), state["saved_at"])
+def _saved_at(folder: Path) -> float:
+    try:
+        return float(json.loads((folder / CHECKPOINT_MARKER).read_bytes())["saved_at"])
+    except (ValueError, KeyError, TypeError):  # damaged: it is told when nothing newer is there
+        return (folder / CHECKPOINT_MARKER).stat().st_mtime
+
+
+def _others(config: Config, folder: Path) -> str:
+    others = [f.name for f in sorted(Path(config.output_dir).glob("checkpoint-*")) if _has_marker(f) and f != folder]
+    return f"In {config.output_dir} there is: {', '.join(others)}." if others else "Remove the key to start anew."
+
+
+def _read(config: Config, folder: Path) -> ResumePoint:
+    """Raises ConfigError where the checkpoint is of another format, or its files are not those that were written."""
+
+    def refuse(problem: str) -> ConfigError:
+        return ConfigError(
+            f"{config.path}: the checkpoint {folder} {problem}. Nothing was changed. To go on from another one, name it in "
+            f"resume_from_checkpoint. {_others(config, folder)}"
+        )
+
+    try:
+        state = json.loads((folder / CHECKPOINT_MARKER).read_bytes())
+        point = ResumePoint(folder, state["step"], state["weight_version"], state.get("ledger"), state["saved_at"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise refuse(f"is damaged: {CHECKPOINT_MARKER} is not readable ({error})") from error
+    if (version := state.get("format", 1)) not in (1, _FORMAT):
+        raise refuse(f"has format {version}, this rlx reads formats 1 and {_FORMAT}: it is of another version of rlx")
+    for name, size in state.get("files", {}).items():
+        found = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if found != size:
+            there = "is missing" if found is None else f"has {found} of {size} bytes"
+            raise refuse(f"is damaged: {name} {there}")
+    return point
+
+
+def check_model(point: ResumePoint, model: nn.Module, base_model: str) -> None:
+    """Raises ConfigError where the checkpoint's weights do not belong to `model`."""
+    there = {name: shape for file in point.folder.glob("model*.safetensors") for name, shape in _shapes(file).items()}
+    if not there:
+        return  # not whole weights, such as an adapter's; whoever reads them looks
+    state = model.state_dict(keep_vars=True)
+    here = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    tied = {state[name].data_ptr() for name in there if name in state}
+    here = {name: shape for name, shape in here.items() if name in there or state[name].data_ptr() not in tied}
+    wrong = next((name for name in sorted(here | there) if here.get(name) != there.get(name)), None)
+    if wrong is not None:
+        raise ConfigError(
+            f"the checkpoint {point.folder} is of another model than base_model ({base_model}): {wrong} has shape "
+            f"{_said(there.get(wrong))} there and {_said(here.get(wrong))} here. Nothing was changed. Name the model of that run, "
+            "or another output_dir to start anew."
+        )
+
+
+def _said(shape: tuple[int, ...] | None) -> str:
+    return "none" if shape is None else str(list(shape))
+
+
+def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Of the tensors of a safetensors file, from its header."""
+    with file.open("rb") as stream:
+        (size,) = struct.unpack("<Q", stream.read(8))
+        header = json.loads(stream.read(size))
+    return {name: tuple(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__"}
 
 
 def save_final(

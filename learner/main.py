@@ -20,13 +20,13 @@ from rich.console import Console
 
 from rlx.config import Config, Plan, load_config, make_plan, parse_overrides
 from rlx.errors import RlxError
-from rlx.learner.checkpoints import find_resume_point, save_final
+from rlx.learner.checkpoints import check_model, find_resume_point, save_final
 from rlx.learner.data import PromptSet, load_prompts
-from rlx.learner.feed import Feed
 from rlx.learner.forward import prepare
 from rlx.learner.model import load_model, saved_dtype
 from rlx.learner.progress import FailureNotes, ProgressReport
 from rlx.learner.ranks import Ranks
+from rlx.learner.recording import Codec, Recorder, Replay
 from rlx.learner.report import RunFiles, evaluation_table, print_samples
 from rlx.learner.rollouts import Rollouts, connect, longest_step_s
 from rlx.learner.stream import Fetched, RolloutStream, StepBatch
@@ -56,8 +56,10 @@ def train(config: Config, num_processes: int) -> None:
     steps_per_epoch = plan.steps_per_epoch(len(train_set.prompts))
     _print_plan(config, plan, train_set, total_steps, console)
 
-    client = connect(config, plan, console) if is_first else None
+    client = connect(config, plan, console) if is_first and config.replay is None else None
     model = load_model(config)
+    if resume is not None:
+        check_model(resume, model, config.base_model)
     forward = prepare(model, config)
     for note in forward.notes:
         console.print(f"note: {note}", **PLAIN)
@@ -69,17 +71,38 @@ def train(config: Config, num_processes: int) -> None:
     _ = arguments.device  # the library sets up the process group here
     ranks = Ranks(arguments.ddp_timeout)
 
-    rollouts, files, progress, notes = None, None, None, FailureNotes(console)
-    if client is not None:
+    rollouts: Rollouts | Replay | None = None
+    files, progress, notes = None, None, FailureNotes(console)
+    if is_first:
+        codec = Codec(config, plan, tokenizer, train_set.prompts)
+        if client is None:
+            rollouts = Replay(config, codec, total_steps, resume)
+            console.print(
+                f"trains on the rollouts in {config.replay}: no service is asked, nothing is evaluated", **PLAIN
+            )
         files = RunFiles(Path(config.output_dir), resume.step if resume else 0)
         progress = ProgressReport(console, files)
-        rollouts = Rollouts(
-            config, plan, client, tokenizer, train_set.prompts, held_out, total_steps, resume, files, console
-        )
+        if client is not None:
+            recorder = (
+                Recorder(files.output_dir, codec, resume.step if resume else 0) if config.record_rollouts else None
+            )
+            rollouts = Rollouts(
+                config,
+                plan,
+                client,
+                tokenizer,
+                train_set.prompts,
+                held_out,
+                total_steps,
+                resume,
+                files,
+                recorder,
+                console,
+            )
 
     def fetch(step: int) -> Fetched:
-        assert rollouts is not None, "only rank 0 talks to the service"
-        return rollouts.feed.batch(step, model)
+        assert rollouts is not None, "only rank 0 has rollouts"
+        return rollouts.batch(step, model)
 
     def make_stream(trainer: GRPOTrainer) -> RolloutStream:
         def on_step(batch: StepBatch) -> None:
@@ -105,12 +128,12 @@ def train(config: Config, num_processes: int) -> None:
     clock.trainer = trainer
     try:
         if rollouts is not None:
-            rollouts.feed.start()
+            rollouts.start()
         trainer.train(resume_from_checkpoint=str(resume.folder) if resume else None)
 
         def finish() -> list[bytes]:
             if rollouts is not None and files is not None:
-                _finish(config, console, files, trainer, rollouts.feed)
+                _finish(config, console, files, trainer, rollouts)
             return []
 
         ranks.from_first(finish)
@@ -134,11 +157,13 @@ def _print_plan(config: Config, plan: Plan, train_set: PromptSet, total_steps: i
     )
 
 
-def _finish(config: Config, console: Console, files: RunFiles, trainer: GRPOTrainer, feed: Feed) -> None:
+def _finish(
+    config: Config, console: Console, files: RunFiles, trainer: GRPOTrainer, rollouts: Rollouts | Replay
+) -> None:
     """Saves first: the service can fail, and what was trained is kept. What is evaluated is what was saved."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     save_final(model, trainer.processing_class, saved_dtype(config), files.output_dir)
-    feed.finish(model)
+    rollouts.finish(model)
     curve = files.learning_curve()
     if evaluations := files.evaluations():
         console.print(evaluation_table(evaluations))

@@ -56,6 +56,10 @@ class Ranks:
         whole = data.numpy().data
         return [bytes(whole[start:end]) for start, end in pairwise([0, *ends])]
 
+    def wait_for_all(self) -> None:
+        """Returns when every rank is here."""
+        self.sum_(torch.zeros(1))
+
     def sum_(self, values: torch.Tensor) -> torch.Tensor:
         """Add `values` (CPU, any shape) over all ranks, in place."""
         if self.size > 1:

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 import torch
 from rich.console import Console
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from rlx.config import Config, Plan
@@ -24,8 +25,9 @@ from rlx.learner.ledger import Ledger, Rules
 from rlx.learner.model import rollout_dtype
 from rlx.learner.parity import make_probe
 from rlx.learner.publish import Packed, Publisher
+from rlx.learner.recording import Batch, Recorder
 from rlx.learner.report import RunFiles, evaluation_line
-from rlx.learner.stream import has_spread, prompt_order, ticket_request
+from rlx.learner.stream import Fetched, has_spread, prompt_order, ticket_request
 from rlx.rollout.auth import service_token
 from rlx.rollout.client import MAX_IN_FLIGHT, ClientTimeouts, RolloutClient
 
@@ -48,8 +50,10 @@ class Rollouts:
         total_steps: int,
         resume: ResumePoint | None,
         files: RunFiles,
+        recorder: Recorder | None,
         console: Console,
     ):
+        self._recorder = recorder
         session = uuid.uuid4().hex[:12]
         self._client = client
         self.publisher = Publisher(
@@ -82,6 +86,19 @@ class Rollouts:
             patience_s=patience_s(config, len(held_out)),
             shares_cpu=not torch.cuda.is_available() and urlsplit(config.base_url).hostname in _THIS_MACHINE,
         )
+
+    def start(self) -> None:
+        self.feed.start()
+
+    def batch(self, step: int, model: nn.Module) -> Fetched:
+        """The groups that `step` trains on, recorded where that is asked for; `model` is its policy."""
+        fetched = self.feed.batch(step, model)
+        if self._recorder is not None:
+            self._recorder.write(Batch(step, fetched.tickets, fetched.groups, self.state()))
+        return fetched
+
+    def finish(self, model: nn.Module) -> None:
+        self.feed.finish(model)
 
     def state(self) -> dict[str, object]:
         """What a checkpoint keeps."""

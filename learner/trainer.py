@@ -14,7 +14,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
@@ -29,6 +29,7 @@ from rlx.config import Config, Plan
 from rlx.episode import Episode, Status
 from rlx.learner.batching import MicroBatch
 from rlx.learner.bottleneck import StepTimes
+from rlx.learner.checkpoints import CHECKPOINT_MARKER, clear, seal
 from rlx.learner.entropy import EntropyBonus, high_entropy
 from rlx.learner.logprobs import completion_logprobs
 from rlx.learner.loss_metrics import LossMetrics
@@ -36,8 +37,6 @@ from rlx.learner.losses import LossOptions, policy_loss
 from rlx.learner.ranks import Ranks
 from rlx.learner.reference import load_reference, mix_into, save_reference
 from rlx.learner.stream import RolloutStream, StepBatch, known_logprobs, reward_names
-
-CHECKPOINT_MARKER = "rlx_state.json"
 
 
 class _Arguments(TrainingArguments):
@@ -110,7 +109,7 @@ class GRPOTrainer(Trainer):
         reference: PreTrainedModel | None,
         tokenizer: PreTrainedTokenizerBase,
         make_stream: Callable[[GRPOTrainer], RolloutStream],
-        feed_state: Callable[[], dict[str, Any]],
+        feed_state: Callable[[], Mapping[str, Any]],
         callbacks: list[TrainerCallback],
     ):
         super().__init__(model=model, args=arguments, processing_class=tokenizer, callbacks=callbacks)
@@ -245,16 +244,20 @@ class GRPOTrainer(Trainer):
             load_reference(self._reference, Path(checkpoint))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
+        """The marker comes when every rank has written its files, and the older checkpoints go after it."""
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         if self._ranks.rank == 0:
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            clear(folder)
+        self._ranks.wait_for_all()
+        super()._save_checkpoint(model, trial)
+        self._ranks.wait_for_all()
+        if self._ranks.rank == 0:
             if self._config.trl.sync_ref_model and self._reference is not None:
                 save_reference(self._reference, folder)
-            state = {"step": self.state.global_step, "saved_at": time.time()} | self._feed_state()
+            state = {"step": self.state.global_step, **self._feed_state()}
             if self._bonus.adaptive:
                 state["entropy_bonus"] = self._bonus.state()
-            write_atomically(folder / CHECKPOINT_MARKER, json.dumps(state))
-            # Here, not in the library: the old checkpoint may go only when the new one is complete.
+            seal(folder, state)
             rotate_checkpoints(self.args.output_dir, self._config.save_total_limit, use_mtime=True)
 
 
@@ -316,13 +319,3 @@ def _mean(values: list[float]) -> float:
     """Of what is not NaN; NaN when nothing is left."""
     known = [value for value in values if not math.isnan(value)]
     return sum(known) / len(known) if known else math.nan
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """All of `text` or nothing, also when the power goes."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)

@@ -143,6 +143,14 @@ class Config(Section):
         description="Keep the weights of the best evaluation in output_dir/best, where there are held-out prompts.",
     )
     samples_per_step: int = Field(8, ge=0, description="Completions per step written to samples.jsonl.")
+    record_rollouts: bool = Field(
+        False,
+        description="Keep the groups of every step, in output_dir/rollouts, to train on them again with `replay`.",
+    )
+    replay: str | None = Field(
+        None,
+        description="A folder that record_rollouts filled: train on its groups, without a service and without evaluations. `rlx train --replay FOLDER`.",
+    )
 
     _path: Path = PrivateAttr(default=Path("config.yaml"))
 

@@ -10,13 +10,12 @@ import pytest
 import torch
 from fake_service import config_for, serve, write_run
 from tiny_models import make_tiny_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from rlx.config import Config, load_config
 from rlx.errors import ConfigError
-from rlx.learner.checkpoints import find_resume_point, save_final
+from rlx.learner.checkpoints import CHECKPOINT_MARKER, clear, find_resume_point, save_final, seal
 from rlx.learner.main import train
-from rlx.learner.trainer import CHECKPOINT_MARKER
 
 
 def checkpoint(out: Path, step: int, saved_at: float, version: int = 1) -> Path:
@@ -75,6 +74,74 @@ def test_a_checkpoint_is_named_relative_to_the_yaml(tmp_path: Path) -> None:
     point = find_resume_point(asking(tmp_path, resume_from_checkpoint="out/checkpoint-2"))
     assert point is not None
     assert point.step == 2
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        ("truncated", r"is damaged: optimizer\.pt has 60 of 100 bytes"),
+        ("missing", r"is damaged: optimizer\.pt is missing"),
+        ("marker", r"is damaged: rlx_state\.json is not readable"),
+        ("other version", r"has format 3, this rlx reads formats 1 and 2: it is of another version of rlx"),
+    ],
+)
+@pytest.mark.parametrize("how", ["named", "newest"])
+def test_a_damaged_checkpoint_is_told_once_with_what_else_there_is(
+    tmp_path: Path, how: str, damage: str, problem: str
+) -> None:
+    checkpoint(tmp_path / "out", 2, saved_at=1.0)
+    folder = tmp_path / "out" / "checkpoint-4"
+    folder.mkdir()
+    (folder / "optimizer.pt").write_bytes(b"x" * 100)
+    seal(folder, {"step": 4, "weight_version": 4})
+    keys = {"auto_resume_from_checkpoints": True} if how == "newest" else {"resume_from_checkpoint": str(folder)}
+    point = find_resume_point(asking(tmp_path, **keys))
+    assert point is not None
+    assert point.step == 4
+    marker = folder / CHECKPOINT_MARKER
+    if damage == "truncated":
+        (folder / "optimizer.pt").write_bytes(b"x" * 60)
+    elif damage == "missing":
+        (folder / "optimizer.pt").unlink()
+    elif damage == "marker":
+        marker.write_bytes(marker.read_bytes()[:-20])
+    else:
+        marker.write_text(marker.read_text().replace('"format": 2', '"format": 3'))
+    before = sorted((p.name, p.stat().st_size) for p in (tmp_path / "out").rglob("*"))
+    with pytest.raises(ConfigError, match=rf"checkpoint-4 {problem}.* Nothing was changed\..*there is: checkpoint-2\."):
+        find_resume_point(asking(tmp_path, **keys))
+    assert sorted((p.name, p.stat().st_size) for p in (tmp_path / "out").rglob("*")) == before
+
+
+def test_a_checkpoint_that_is_being_replaced_is_none_until_it_is_whole(tmp_path: Path, config: Config) -> None:
+    folder = checkpoint(tmp_path / "out", 4, saved_at=1.0)
+    (folder / "stale.bin").write_text("of an earlier run")
+    clear(folder)
+    folder.mkdir()
+    (folder / "model.safetensors").write_text("half")
+    assert find_resume_point(config) is None
+    seal(folder, {"step": 4, "weight_version": 9})
+    point = find_resume_point(config)
+    assert point is not None
+    assert point.weight_version == 9
+    assert not (folder / "stale.bin").exists()
+
+
+def test_a_run_that_ends_while_it_writes_a_checkpoint_leaves_none(
+    tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where an earlier run left a whole one of that step."""
+    path = write_run(tmp_path, max_steps=1, save_steps=1, test_datasets=None)
+    checkpoint(tmp_path / "out", 1, saved_at=1.0)
+
+    def dies(*arguments: object) -> None:
+        raise RuntimeError("no space left on device")
+
+    monkeypatch.setattr(Trainer, "_save_optimizer_and_scheduler", dies)
+    with serve() as served, pytest.raises(RuntimeError, match="no space left"):
+        train(config_for(path, served), 1)
+    assert (tmp_path / "out" / "checkpoint-1" / "model.safetensors").exists()
+    assert find_resume_point(config) is None
 
 
 def test_a_run_keeps_the_newest_checkpoints_also_beside_those_of_an_earlier_run(tmp_path: Path) -> None:
