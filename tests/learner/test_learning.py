@@ -168,8 +168,8 @@ def shift_the_logprobs(monkeypatch: pytest.MonkeyPatch) -> None:
 def shift_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     """The last token of each completion is not trained. Longer completions are learned all the same, by their other
     tokens; so this is of the bandit, which has only one."""
-    right = batching.Sample.trained
-    monkeypatch.setattr(batching.Sample, "trained", property(lambda sample: right.fget(sample)[:-1]))
+    right = batching.Sample.trained.func
+    monkeypatch.setattr(batching.Sample, "trained", property(lambda sample: right(sample)[:-1]))
 
 
 @pytest.mark.parametrize("name", NAMES)
