@@ -122,12 +122,12 @@ class RolloutClient:
     # --- the service ----------------------------------------------------------------------------------------------
 
     def wait_until_ready(self, timeout_s: float, on_wait: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
-        """Wait until it has loaded and some worker works; `on_wait` hears what is waited for, twice a second. Returns
-        /health."""
+        """Wait until it has loaded and some worker works, or would with other weights; `on_wait` hears what is waited
+        for, twice a second. Returns /health."""
         end = time.monotonic() + timeout_s
         while True:
             status, body = self._try_health(min(self._timeouts.call_s, max(end - time.monotonic(), 1.0)))
-            if status in ("ok", "degraded"):
+            if status in ("ok", "degraded", "unverified"):
                 return body
             waiting_for = _waiting_for(self.base_url, status, body)
             if status == "failed":

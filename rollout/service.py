@@ -161,13 +161,15 @@ class RolloutService:
 
     def health(self) -> tuple[bool, dict[str, Any]]:
         """Whether some worker generated a token lately and has the newest weights; and the same for people.
-        `status`: ok, degraded (some workers work, not all), loading, down, stopping or failed; `cause` says why."""
+        `status`: ok, degraded (some workers work, not all), loading, down, unverified (down until a learner brings weights
+        that pass the gate), stopping or failed; `cause` says why."""
         status, cause = self._state, self._cause
         if self._state == "serving":
             idle = [m for m in self.fleet.members if m not in self.fleet.ready()]
             silent = [f"{m.name} generated no token for {m.token_age_s():.0f} s" for m in self.fleet.silent()]
             works = [m for m in self.fleet.ready() if m not in self.fleet.silent()]
-            status = "ok" if len(works) == len(self.fleet.members) else "degraded" if works else "down"
+            out = "unverified" if any(m.kept for m in self.fleet.members) else "down"
+            status = "ok" if len(works) == len(self.fleet.members) else "degraded" if works else out
             cause = "; ".join(([self.fleet.describe()] if idle else []) + silent)
         body = {
             "status": status,

@@ -272,6 +272,15 @@ def test_a_dead_worker_is_named_by_the_wait():
             s.client.wait_until_ready(0.05)
 
 
+def test_a_learner_that_did_not_pass_the_gate_does_not_keep_the_next_one_waiting():
+    with served() as s:
+        fleet = s.running.service.fleet
+        s.running.call(lambda: fleet.fail(fleet.members[0], "log p differs", "refused", kept=True))
+        assert s.client.wait_until_ready(0.05)["status"] == "unverified"
+        s.client.publish(weights(1, b"abcd"), b"abcd")
+        assert s.client.health()["status"] == "ok"
+
+
 @pytest.mark.parametrize("kind", ["bytes", "memoryview", "pieces"])
 def test_published_weights_are_what_the_next_tokens_carry(kind):
     data = os.urandom(3 * 2**20 + 4)
