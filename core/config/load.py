@@ -103,15 +103,14 @@ def _section_of(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
 
 
 def _nearest(name: str, model: type[BaseModel], at: KeyPath) -> str:
-    """A suggestion: the nearest key here, else the same key in another section."""
-    close = difflib.get_close_matches(name, keys_of(model), n=1, cutoff=0.6)
-    if close:
-        return f" Did you mean {dotted((*at, close[0]))!r}?"
+    """A suggestion: the same key in another section, else the nearest here, else the nearest in another section."""
     everywhere = {name: name for name in keys_of(Config)}
     for section, field in keys_of(Config).items():
         inner, many = _section_of(field.annotation)
         if inner is not None:
             everywhere |= {key: f"{section}[].{key}" if many else f"{section}.{key}" for key in keys_of(inner)}
+    if name not in everywhere and (close := difflib.get_close_matches(name, keys_of(model), n=1, cutoff=0.6)):
+        return f" Did you mean {dotted((*at, close[0]))!r}?"
     close = difflib.get_close_matches(name, everywhere, n=1, cutoff=0.8)
     return f" Did you mean {everywhere[close[0]]!r}?" if close else " docs/configuration.md lists every key."
 

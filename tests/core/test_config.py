@@ -44,6 +44,7 @@ def test_a_mistyped_key_names_its_line_and_the_nearest_key(tmp_path):
 
 def test_a_key_in_the_wrong_section_is_pointed_to_the_right_one(tmp_path):
     assert "Did you mean 'trl.max_completion_length'?" in problem(tmp_path, SMALLEST + "max_completion_length: 8\n")
+    assert "Did you mean 'async.max_staleness'?" in problem(tmp_path, SMALLEST + "max_staleness: 2\n")
 
 
 def test_a_mistyped_key_inside_a_dataset_is_found(tmp_path):
