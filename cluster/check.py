@@ -35,6 +35,7 @@ def check_main(config: Config, num_processes: int) -> int:
     layout = plan_layout(this_machine(), config, num_processes)
     found.lines.append(f"devices: {layout.describe()}")
     row, tokenizer = _check_data(config, found)
+    _check_adapter(config, found)
     _check_rewards(config, row, found)
     if config.has_episodes:
         _check_episodes(config, tokenizer, found)
@@ -94,6 +95,18 @@ def _check_data(config: Config, found: _Findings) -> tuple[dict[str, Any] | None
         except DatasetError as error:
             found.errors.append(error)
     return row, tokenizer
+
+
+def _check_adapter(config: Config, found: _Findings) -> None:
+    if config.adapter is None:
+        return
+    from rlx.learner.adapters import check_folder
+
+    try:
+        check_folder(config)
+        found.lines.append(f"adapter: {config.lora_model_dir or f'new, rank {config.lora_r}'}")
+    except ConfigError as error:
+        found.errors.append(error)
 
 
 def _check_transform_names(config: Config, found: _Findings) -> None:

@@ -1,4 +1,5 @@
-"""The weights of the best evaluation, in `output_dir/best`: a model that transformers loads, with its tokenizer.
+"""The weights of the best evaluation, in `output_dir/best`: a model that transformers loads, with its tokenizer, or
+the adapter alone where one is trained.
 
     .best (being written) ─► best ─► .best-previous, gone at once
 
@@ -51,8 +52,11 @@ class BestModel:
             return False
         shutil.rmtree(self._new, ignore_errors=True)
         self._new.mkdir(parents=True)
-        (self._new / "model.safetensors").write_bytes(packed.payload)
-        self._write_settings()
+        if packed.adapter is None:
+            (self._new / "model.safetensors").write_bytes(packed.payload)
+            self._write_settings()
+        for name, data in (packed.adapter or {}).items():
+            (self._new / name).write_bytes(data)
         self._tokenizer.save_pretrained(self._new)
         for path in [*self._new.rglob("*"), self._new]:
             _to_disk(path)

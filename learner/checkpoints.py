@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from rlx.config import Config
 from rlx.errors import ConfigError
+from rlx.learner.adapters import WEIGHTS, check_checkpoint
 from rlx.learner.durable import settle, write_atomically
 
 CHECKPOINT_MARKER = "rlx_state.json"
@@ -61,6 +63,13 @@ def seal(folder: Path, state: Mapping[str, Any]) -> None:
 
 def find_resume_point(config: Config) -> ResumePoint | None:
     """What `resume_from_checkpoint` or `auto_resume_from_checkpoints` asks for. Raises ConfigError."""
+    point = _find(config)
+    if point is not None:
+        check_checkpoint(point.folder, config)
+    return point
+
+
+def _find(config: Config) -> ResumePoint | None:
     if config.resume_from_checkpoint is not None:
         folder = Path(config.local(config.resume_from_checkpoint))
         if not _has_marker(folder):
@@ -118,14 +127,19 @@ def _read(config: Config, folder: Path) -> ResumePoint:
 
 def check_model(point: ResumePoint, model: nn.Module, base_model: str) -> None:
     """Raises ConfigError where the checkpoint's weights do not belong to `model`."""
-    there = {name: shape for file in point.folder.glob("model*.safetensors") for name, shape in _shapes(file).items()}
+    is_adapter = isinstance(model, PeftModel)
+    files = point.folder.glob(WEIGHTS if is_adapter else "model*.safetensors")
+    there = {name: shape for file in files for name, shape in _shapes(file).items()}
     if not there:
-        return  # not whole weights, such as an adapter's; whoever reads them looks
-    state = model.state_dict(keep_vars=True)
+        return  # in another format; whoever reads it looks
+    state = (
+        get_peft_model_state_dict(model, save_embedding_layers=False) if is_adapter else model.state_dict(keep_vars=True)
+    )
     here = {name: tuple(tensor.shape) for name, tensor in state.items()}
     tied = {state[name].data_ptr() for name in there if name in state}
     here = {name: shape for name, shape in here.items() if name in there or state[name].data_ptr() not in tied}
-    wrong = next((name for name in sorted(here | there) if here.get(name) != there.get(name)), None)
+    compared = here if is_adapter else here | there  # an adapter's file may have parts of the base model beside it
+    wrong = next((name for name in sorted(compared) if here.get(name) != there.get(name)), None)
     if wrong is not None:
         raise ConfigError(
             f"the checkpoint {point.folder} is of another model than base_model ({base_model}): {wrong} has shape "
@@ -146,14 +160,18 @@ def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__"}
 
 
-def save_final(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, output_dir: Path
-) -> None:
-    """The trained model in Hugging Face format beside the checkpoints: all files or none. Leaves `model` in `dtype`."""
+def save_final(model: Any, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, output_dir: Path) -> None:
+    """The trained model in Hugging Face format beside the checkpoints: all files or none. Leaves `model` in `dtype`.
+
+    `model` is one of transformers', or has an adapter. Of the latter that alone, in float32, and the model stays as it is.
+    """
     temporary = output_dir / ".final"
     shutil.rmtree(temporary, ignore_errors=True)
     model.config.use_cache = True
-    model.to(dtype).save_pretrained(temporary)
+    if isinstance(model, PeftModel):
+        model.save_pretrained(temporary, save_embedding_layers=False)
+    else:
+        model.to(dtype).save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
     for file in temporary.iterdir():
         file.replace(output_dir / file.name)

@@ -20,6 +20,7 @@ from rich.console import Console
 
 from rlx.config import Config, Plan, load_config, make_plan, parse_overrides
 from rlx.errors import RlxError
+from rlx.learner.adapters import base_of, reference_model, with_adapter
 from rlx.learner.checkpoints import check_model, find_resume_point, save_final
 from rlx.learner.data import PromptSet, load_prompts
 from rlx.learner.forward import prepare
@@ -57,15 +58,17 @@ def train(config: Config, num_processes: int) -> None:
     _print_plan(config, plan, train_set, total_steps, console)
 
     client = connect(config, plan, console) if is_first and config.replay is None else None
-    model = load_model(config)
+    model = with_adapter(load_model(config), config)
     if resume is not None:
         check_model(resume, model, config.base_model)
-    forward = prepare(model, config)
+    forward = prepare(base_of(model), config)
     for note in forward.notes:
         console.print(f"note: {note}", **PLAIN)
-    reference = load_model(config) if config.trl.beta > 0 else None
+    if config.lora_dropout and config.trl.disable_dropout:
+        console.print("note: lora_dropout is off, because of trl.disable_dropout", **PLAIN)
+    reference = reference_model(config)
     if reference is not None:
-        forward.apply_to(reference)
+        forward.apply_to(base_of(reference))
     held_out = test_set.prompts if test_set else []
     arguments = training_arguments(config, plan, total_steps, steps_per_epoch, longest_step_s(config, len(held_out)))
     _ = arguments.device  # the library sets up the process group here

@@ -24,10 +24,14 @@ def load_model(config: Config) -> PreTrainedModel:
         raise unusable(config, "base_model", name, error) from error
     model.config.use_cache = False
     if config.trl.disable_dropout:
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
+        disable_dropout(model)
     return model
+
+
+def disable_dropout(model: torch.nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
 
 
 def saved_dtype(config: Config) -> torch.dtype:

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from rlx.errors import WeightBaseMismatch
+from rlx.learner.adapters import adapter_files, published_weights
 from rlx.learner.parity import ProbeIds, probe_logprobs
 from rlx.rollout import delta
 from rlx.rollout.client import PublishTimes as PhaseTimes
@@ -54,12 +55,14 @@ class PublishTimes:
 
 @dataclass(frozen=True)
 class Packed:
-    """The weights at one moment: `payload` is the bytes of a safetensors file, read-only."""
+    """The weights at one moment: `payload` is the bytes of a safetensors file, read-only, with the adapter merged in
+    where there is one; `adapter` are then its own files by name."""
 
     payload: memoryview
     tensors: tuple[TensorSpec, ...]
     itemsize: int
     probe: Probe | None = None
+    adapter: dict[str, bytes] | None = None
 
     @cached_property
     def fingerprint(self) -> str:
@@ -166,19 +169,20 @@ def pack(model: nn.Module, dtype: torch.dtype, probe: Probe | None = None) -> Pa
     """The parameters of `model` in Hugging Face naming as safetensors bytes of `dtype`.
 
     A tied head is one parameter and travels once, under the embedding's name. One copy: each parameter is converted
-    into its place.
+    into its place. An adapter is merged in float32, layer by layer, and the model stays as it is.
     """
-    parameters = {name: p.detach() for name, p in model.named_parameters()}
-    tensors = tuple(TensorSpec(name, _CODES[dtype], tuple(p.shape)) for name, p in parameters.items())
-    ends = np.cumsum([0, *(p.numel() * dtype.itemsize for p in parameters.values())]).tolist()
+    weights = published_weights(model)
+    tensors = tuple(TensorSpec(name, _CODES[dtype], tuple(w.parameter.shape)) for name, w in weights.items())
+    ends = np.cumsum([0, *(w.parameter.numel() * dtype.itemsize for w in weights.values())]).tolist()
     head = _header(tensors, ends)
     payload = memoryview(np.empty(len(head) + ends[-1], np.uint8))  # type: ignore[arg-type]
     payload[: len(head)] = head
-    for parameter, start, end in zip(parameters.values(), ends, ends[1:], strict=False):
+    for weight, start, end in zip(weights.values(), ends, ends[1:], strict=False):
         if start < end:
+            parameter = weight.parameter
             place = torch.frombuffer(payload, dtype=dtype, count=parameter.numel(), offset=len(head) + start)
-            place.view(parameter.shape).copy_(parameter)
-    return Packed(payload.toreadonly(), tensors, dtype.itemsize, probe)
+            place.view(parameter.shape).copy_(weight.value())
+    return Packed(payload.toreadonly(), tensors, dtype.itemsize, probe, adapter_files(model))
 
 
 def _header(tensors: tuple[TensorSpec, ...], ends: list[int]) -> bytes:

@@ -15,18 +15,19 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
 from rlx.config import Config, Plan
 from rlx.episode import Episode, Status
+from rlx.learner.adapters import without_adapter
 from rlx.learner.batching import MicroBatch
 from rlx.learner.bottleneck import StepTimes
 from rlx.learner.checkpoints import CHECKPOINT_MARKER, clear, seal
@@ -105,8 +106,8 @@ class GRPOTrainer(Trainer):
         config: Config,
         ranks: Ranks,
         arguments: TrainingArguments,
-        model: PreTrainedModel,
-        reference: PreTrainedModel | None,
+        model: nn.Module,
+        reference: nn.Module | None,
         tokenizer: PreTrainedTokenizerBase,
         make_stream: Callable[[GRPOTrainer], RolloutStream],
         feed_state: Callable[[], Mapping[str, Any]],
@@ -207,9 +208,9 @@ class GRPOTrainer(Trainer):
         logprobs_T, entropies_T = completion_logprobs(model, batch, temperature, entropy_gradient=entropy_weight != 0)
         assert entropies_T is not None
         ref_logprobs_T = None
-        if self._reference is not None:
-            with torch.no_grad():
-                ref_logprobs_T, _ = completion_logprobs(self._reference, batch, temperature, compute_entropy=False)
+        if self._config.trl.beta > 0:
+            with torch.no_grad(), self._as_reference(model) as reference:
+                ref_logprobs_T, _ = completion_logprobs(reference, batch, temperature, compute_entropy=False)
         out = policy_loss(
             logprobs_T, None, ref_logprobs_T, batch.sampling_logprobs_T, batch.advantages_T, batch.weights_T,
             batch.lengths_B, self._options, entropies_T, high_entropy_T, entropy_weight,
@@ -220,6 +221,11 @@ class GRPOTrainer(Trainer):
             self._entropy_sum = self._entropy_sum + acted_T.sum().cpu()
         # The weights already hold the step's normalisation: undo DDP's mean over ranks.
         return out.loss * self._ranks.size
+
+    def _as_reference(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
+        if self._reference is not None:
+            return nullcontext(self._reference)
+        return without_adapter(self.accelerator.unwrap_model(model))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means since the last log: over steps for rollouts and times, over tokens for the loss."""

@@ -104,8 +104,12 @@ class MemoryEstimate:
 
 def estimate_memory(config: Config, parameters: int) -> MemoryEstimate:
     """fp32 master weights, gradients and Adam's two moments (16 bytes each parameter), a reference model when
-    beta > 0 (4 more); the engine holds 2-byte weights. Logits of one micro-batch are counted in by the caller."""
-    learner = parameters * (16 + (4 if config.trl.beta else 0)) / _GIB
+    beta > 0 (4 more); the engine holds 2-byte weights. Logits of one micro-batch are counted in by the caller.
+
+    With an adapter the weights alone, 4 bytes each: the adapter's own are few. Its reference is the same model.
+    """
+    reference = config.trl.beta > 0 and (config.adapter is None or config.rl_adapter_ref_model)
+    learner = parameters * ((16 if config.adapter is None else 4) + (4 if reference else 0)) / _GIB
     engine = parameters * (4 if config.vllm.dtype in ("float32", "float") else 2) / _GIB + config.vllm.cpu_kv_cache_gib
     return MemoryEstimate(parameters, learner, engine)
 

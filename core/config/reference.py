@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from rlx.config.lora import LoraKeys
 from rlx.config.refusals import REFUSED
 from rlx.config.schema import Config
 from rlx.config.section import keys_of
@@ -57,7 +58,13 @@ def render() -> str:
     parts = [
         _INTRODUCTION,
         "## Top level\n",
-        _table(Config, skip={name.split("[")[0] for name, _ in _SECTIONS} - {"datasets", "envs"}),
+        _table(
+            Config,
+            skip={name.split("[")[0] for name, _ in _SECTIONS} - {"datasets", "envs"} | set(LoraKeys.model_fields),
+        ),
+        "\n## Top level: adapters\n",
+        "Training of an adapter instead of the whole model ([guide](guides/lora.md)).\n",
+        _table(LoraKeys, skip=set()),
     ]
     for name, model in _SECTIONS:
         first_line = (model.__doc__ or "").strip().splitlines()[0]

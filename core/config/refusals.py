@@ -25,16 +25,15 @@ def _refuse(keys: str, why: str, instead: str, harmless: tuple[Any, ...] = _OFF)
 
 _REMOVE = "Remove the key."
 _TRACKERS = "Remove the key; the run writes metrics.jsonl, samples.jsonl and a learning curve to output_dir."
-_NO_ADAPTER = "Remove the key (and `adapter`): the whole model is trained."
+_NOT_QUANTISED = "Remove the key; `adapter: lora` keeps the base model unquantised."
 
 REFUSED: dict[str, Refusal] = {
     **_refuse("dpo_beta orpo_alpha kto_desirable_weight kto_undesirable_weight simpo_gamma cpo_alpha dpo_label_smoothing dpo_loss_type "
               "dpo_loss_weights precompute_ref_log_probs rl_beta", "it belongs to preference training, and rlx trains with `rl: grpo`",
               "Remove the key; the KL weight of GRPO is `trl.beta`."),
-    **_refuse("adapter lora_r lora_alpha lora_dropout lora_target_modules lora_target_linear lora_modules_to_save lora_model_dir peft_use_dora "
-              "peft_use_rslora load_in_4bit load_in_8bit lora_mlp_kernel lora_qkv_kernel lora_o_kernel qlora_sharded_model_loading peft", "adapters and quantised "
-              "training are not supported", _NO_ADAPTER, (None, False, [], "")),
-    **_refuse("rl_adapter_ref_model", "adapters are not supported", _REMOVE),
+    **_refuse("load_in_4bit load_in_8bit qlora_sharded_model_loading peft", "training on a quantised base model is not supported", _NOT_QUANTISED,
+              (None, False, [], "", {})),
+    **_refuse("lora_mlp_kernel lora_qkv_kernel lora_o_kernel", "Axolotl's own kernels are not part of rlx", _REMOVE),
     **_refuse("reward_model process_reward_model", "training a reward model is not supported", "Remove the key."),
     **_refuse("deepspeed fsdp fsdp_config fsdp_version", "the learner's processes hold the whole model each (DDP)", _REMOVE, (None, False, [], "", {})),
     **_refuse("use_ray ray_num_workers ray_run_name resources_per_worker", "the learner does not run inside Ray; the rollout service always does",
@@ -61,14 +60,25 @@ REFUSED: dict[str, Refusal] = {
     **_refuse("trl.vllm_enable_sleep_mode", "the workers have GPUs of their own and never sleep", _REMOVE),
     **_refuse("trl.cast_lm_head_to_fp32", "it is not supported", _REMOVE),
     **_refuse("trl.use_data_producer trl.async_prefetch trl.prefetch_depth trl.vllm_sync_interval trl.streaming_partial_batch "
-              "trl.replay_buffer_size trl.skip_zero_advantage_batches trl.vllm_lora_sync", "the run is synchronous: weights are published after every step",
+              "trl.replay_buffer_size trl.skip_zero_advantage_batches", "the run is synchronous: weights are published after every step",
               _REMOVE, (None, False, 0)),
+    **_refuse("trl.vllm_lora_sync", "the workers get the policy with its adapter merged in", _REMOVE),
     **_refuse("trl.reward_num_workers", "rlx sets the processes per reward function elsewhere", "Write `rewards: {workers: N}`.", (None, 0)),
     **_refuse("vllm.enable_reasoning vllm.reasoning_parser vllm.device", "it does nothing in Axolotl either", _REMOVE, (None, False, "", "auto")),
     **_refuse("vllm.serve_module vllm.worker_extension_cls", "the workers are rlx's own", _REMOVE, (None, "")),
 }  # fmt: skip
 
 VALUE_HINTS: dict[tuple[str, Any], str] = {
+    (
+        "adapter",
+        "qlora",
+    ): "training on a quantised base model needs bitsandbytes, which rlx's environment does not have. "
+    "Write `adapter: lora`.",
+    (
+        "lora_sync",
+        "adapter",
+    ): "the workers take whole models only: rlx has no way yet to have vLLM swap adapters by version. "
+    "Write `lora_sync: merged` or remove the key.",
     ("trl.use_vllm", False): "rlx generates with vLLM only. Write `use_vllm: true` or remove the key.",
     (
         "trl.vllm_mode",

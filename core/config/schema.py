@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
-from rlx.config.section import Section
+from rlx.config.lora import LoraKeys
 from rlx.config.sections import (
     AsyncSection,
     ClusterSection,
@@ -21,7 +21,7 @@ from rlx.config.sections import (
 )
 
 
-class Config(Section):
+class Config(LoraKeys):
     """Everything that one run needs; both commands read the same file."""
 
     # model
@@ -166,6 +166,16 @@ class Config(Section):
             raise ValueError("rl: gdpo means trl.multi_objective_aggregation: normalize_then_sum; remove that key")
         if self.rl == "gdpo" and trl.advantage_estimator != "group":
             raise ValueError(f"rl: gdpo excludes trl.advantage_estimator: {trl.advantage_estimator}; write `rl: grpo`")
+        return self
+
+    @model_validator(mode="after")
+    def the_reference_of_an_adapter_stays(self) -> Config:
+        if self.adapter is not None and self.trl.sync_ref_model:
+            raise ValueError(
+                "trl.sync_ref_model excludes `adapter`: the reference is the model without its adapter; remove one of them"
+            )
+        if self.rl_adapter_ref_model and self.trl.beta == 0:
+            raise ValueError("rl_adapter_ref_model has no effect at trl.beta: 0; remove it, or raise trl.beta")
         return self
 
     @model_validator(mode="after")

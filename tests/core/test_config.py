@@ -167,3 +167,38 @@ def test_the_configuration_reference_is_fresh():
 def test_key_paths_print_without_loss(path):
     text = dotted(tuple(path))
     assert all(str(part) in text for part in path)
+
+
+LORA = "adapter: lora\nlora_target_linear: true\n"
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ("lora_r: 16\n", "lora_r needs `adapter: lora`; add that, or remove the key to train the whole model"),
+        ("rl_adapter_ref_model: true\n", "rl_adapter_ref_model needs `adapter: lora`"),
+        ("adapter: lora\n", "adapter: lora does not say which layers to update; write `lora_target_linear: true`"),
+        (LORA + "lora_target_modules: q.*\n", "lora_target_linear excludes a regular expression"),
+        (LORA + "trl: {beta: 0.1, sync_ref_model: true}\n", "trl.sync_ref_model excludes `adapter`"),
+        (LORA + "rl_adapter_ref_model: true\n", "rl_adapter_ref_model has no effect at trl.beta: 0"),
+        (LORA + "lora_sync: adapter\n", "Write `lora_sync: merged` or remove the key."),
+        ("adapter: qlora\n", "needs bitsandbytes, which rlx's environment does not have. Write `adapter: lora`."),
+        (LORA + "load_in_4bit: true\n", "training on a quantised base model is not supported"),
+        (LORA + "lora_r: 0\n", "lora_r: 0 cannot be used"),
+        (LORA + "lora_rank: 4\n", "unknown key 'lora_rank'"),
+    ],
+)
+def test_adapter_keys_that_cannot_work_are_refused(tmp_path, keys, message):
+    assert message in problem(tmp_path, SMALLEST + keys)
+
+
+def test_adapter_keys_that_are_off_need_no_adapter_and_axolotls_own_load(tmp_path):
+    off = "adapter: ''\nlora_model_dir:\nlora_target_modules: []\nlora_target_linear: false\nlora_modules_to_save: []\n"
+    config = load_config(write(tmp_path, SMALLEST + off))
+    assert (config.adapter, config.lora_model_dir, config.lora_target_modules) == (None, None, None)
+    text = (
+        LORA
+        + "lora_r: 32\nlora_alpha: 16\nlora_dropout: 0.05\nlora_target_modules: [gate_proj, q_proj]\nlora_qkv_kernel: false\n"
+    )
+    config = load_config(write(tmp_path, SMALLEST + text))
+    assert (config.lora_r, config.lora_alpha, config.lora_target_modules) == (32, 16, ["gate_proj", "q_proj"])

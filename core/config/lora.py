@@ -1,0 +1,78 @@
+"""The keys of adapters, flat at the top level as Axolotl has them, and the laws between them."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from rlx.config.section import Section
+
+_OFF: tuple[Any, ...] = (None, False, [], "")
+
+
+class LoraKeys(Section):
+    """Training of an adapter instead of the whole model."""
+
+    adapter: Literal["lora"] | None = Field(
+        None, description="`lora`: train low-rank updates of the chosen layers with PEFT. Default: the whole model."
+    )
+    lora_r: int = Field(8, ge=1, description="Rank of the updates.")
+    lora_alpha: int = Field(8, ge=1, description="The updates are scaled by lora_alpha / lora_r.")
+    lora_dropout: float = Field(
+        0.0, ge=0, lt=1, description="Dropout in front of the updates; only where trl.disable_dropout is false."
+    )
+    lora_target_modules: list[str] | str | None = Field(
+        None, description="Layers to update, by the ends of their names, or one regular expression for whole names."
+    )
+    lora_target_linear: bool = Field(
+        False, description="Update every linear layer but the language-model head, besides lora_target_modules."
+    )
+    lora_modules_to_save: list[str] = Field(
+        default=[], description="Layers that are trained whole, and saved with the adapter."
+    )
+    lora_model_dir: str | None = Field(
+        None, description="Folder of an adapter to go on from; what it says of itself replaces the keys above."
+    )
+    peft_use_dora: bool = Field(False, description="DoRA: the lengths of the weights' columns are trained apart.")
+    peft_use_rslora: bool = Field(False, description="Scale by lora_alpha / √lora_r instead.")
+    lora_sync: Literal["merged"] = Field(
+        "merged",
+        description="How the workers get the policy. `merged`: as a whole model with the adapter merged in, of which only the changed elements travel.",
+    )
+    rl_adapter_ref_model: bool = Field(
+        False,
+        description="Take a second model as reference where trl.beta > 0: the base model with the adapter of lora_model_dir. Default: the model without its adapter, which costs no memory.",
+    )
+
+    @field_validator("adapter", "lora_model_dir", mode="before")
+    @classmethod
+    def off_is_none(cls, value: Any) -> Any:
+        return None if value in _OFF else value
+
+    @field_validator("lora_target_modules", mode="before")
+    @classmethod
+    def no_modules_are_none(cls, value: Any) -> Any:
+        return value or None
+
+    @model_validator(mode="after")
+    def adapter_keys_are_for_adapters(self) -> LoraKeys:
+        given = [name for name in LoraKeys.model_fields if name in self.model_fields_set]
+        extra = [name for name in given if name != "adapter" and getattr(self, name) not in _OFF]
+        if self.adapter is None and extra:
+            raise ValueError(f"{extra[0]} needs `adapter: lora`; add that, or remove the key to train the whole model")
+        return self
+
+    @model_validator(mode="after")
+    def an_adapter_says_which_layers(self) -> LoraKeys:
+        said = self.lora_target_linear or self.lora_target_modules or self.lora_model_dir
+        if self.adapter is not None and not said:
+            raise ValueError(
+                "adapter: lora does not say which layers to update; write `lora_target_linear: true`, or their names in "
+                "lora_target_modules"
+            )
+        if self.lora_target_linear and isinstance(self.lora_target_modules, str):
+            raise ValueError(
+                "lora_target_linear excludes a regular expression in lora_target_modules; keep one, or write a list"
+            )
+        return self
