@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from fake_service import Served, config_for, lines, serve, write_run
+from learner_process import run
 from peft import PeftModel
 from safetensors.torch import load, load_file
 from tiny_models import make_tiny_model
@@ -143,6 +144,8 @@ def test_the_reference_is_the_model_as_it_was_before_its_adapter_and_has_no_drop
     plain = load_model(config)
     before = logprobs(plain)
     model = disturbed(with_adapter(plain, config)).train()
+    for layer in plain.model.layers:
+        layer.self_attn.attention_dropout = 0.5
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     with without_adapter(model) as reference:
         assert np.abs(np.concatenate([_raw(reference, ids) for ids in IDS]) - before).max() < 1e-5
@@ -189,6 +192,21 @@ def test_a_run_trains_only_the_adapter_and_the_workers_get_it_merged(tmp_path: P
         for name, tensor in sent[evaluated].items():
             torch.testing.assert_close(tensor.float(), merged[name], atol=4e-3, rtol=8e-3)
     assert json.loads((out / SETTINGS).read_text())["base_model_name_or_path"] == str(tmp_path / "model")
+
+
+@pytest.mark.slow
+def test_two_processes_train_to_the_same_adapter_as_one(tmp_path: Path) -> None:
+    path = write_run(tmp_path, max_steps=3, test_datasets=None, trl={"beta": 0.1}, **LORA)
+    with serve() as served:
+        train(config_for(path, served, output_dir=str(tmp_path / "one")), 1)
+        status, _, err = run(path, served, 2)
+    assert (status, err) == (0, "")
+    one, two = final(tmp_path / "one"), final(tmp_path / "out")
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, atol=1e-5, rtol=0)
+    kls = [[record["kl"] for record in lines(tmp_path / folder / "metrics.jsonl")] for folder in ("one", "out")]
+    assert kls[1] == pytest.approx(kls[0], rel=1e-3, abs=1e-7)
 
 
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path) -> None:
