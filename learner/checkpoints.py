@@ -133,16 +133,20 @@ def check_model(point: ResumePoint, model: nn.Module, base_model: str) -> None:
     if not there:
         return  # in another format; whoever reads it looks
     state = (
-        get_peft_model_state_dict(model, save_embedding_layers=False) if is_adapter else model.state_dict(keep_vars=True)
+        get_peft_model_state_dict(model, save_embedding_layers=False)
+        if is_adapter
+        else model.state_dict(keep_vars=True)
     )
     here = {name: tuple(tensor.shape) for name, tensor in state.items()}
     tied = {state[name].data_ptr() for name in there if name in state}
     here = {name: shape for name, shape in here.items() if name in there or state[name].data_ptr() not in tied}
-    compared = here if is_adapter else here | there  # an adapter's file may have parts of the base model beside it
+    # PEFT may save embeddings of the base model beside an adapter.
+    compared = here.keys() | {name for name in there if ".lora_" in name or not is_adapter}
     wrong = next((name for name in sorted(compared) if here.get(name) != there.get(name)), None)
     if wrong is not None:
         raise ConfigError(
-            f"the checkpoint {point.folder} is of another model than base_model ({base_model}): {wrong} has shape "
+            f"the checkpoint {point.folder} is of another model than base_model ({base_model})"
+            f"{', or its adapter of other layers' if is_adapter else ''}: {wrong} has shape "
             f"{_said(there.get(wrong))} there and {_said(here.get(wrong))} here. Nothing was changed. Name the model of that run, "
             "or another output_dir to start anew."
         )

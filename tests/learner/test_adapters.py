@@ -233,12 +233,18 @@ def test_a_checkpoint_of_another_kind_of_training_is_refused_before_anything_sta
             train(config_for(path, served, lora_r=8, **asked), 1)
         with pytest.raises(ConfigError, match=r"checkpoint-1 has lora_alpha 16, the YAML 32"):
             train(config_for(path, served, lora_alpha=32, **asked), 1)
-        whole = load_config(write_run(tmp_path / "whole", resume_from_checkpoint=str(start)))
+        with pytest.raises(
+            ConfigError,
+            match=r"checkpoint-1 is of another model .* or its adapter of other layers: .*down_proj\S+ has shape \[.*\] there and none",
+        ):
+            train(config_for(path, served, lora_target_linear=False, lora_target_modules=["q_proj"], **asked), 1)
+        whole = write_run(tmp_path / "whole", max_steps=1, save_steps=1, test_datasets=None)
         with pytest.raises(ConfigError, match=r"checkpoint-1 is of an adapter; write `adapter: lora`"):
-            train(whole, 1)
-        (start / SETTINGS).unlink()
+            train(config_for(whole, served, **asked), 1)
+        train(config_for(whole, served), 1)
+        start = tmp_path / "whole" / "out" / "checkpoint-1"
         with pytest.raises(ConfigError, match=r"checkpoint-1 is of a whole model; remove `adapter`"):
-            train(config_for(path, served, **asked), 1)
+            train(config_for(path, served, resume_from_checkpoint=str(start)), 1)
 
 
 def test_an_adapter_in_a_folder_is_gone_on_from_and_can_be_the_reference(tmp_path: Path) -> None:
