@@ -58,7 +58,7 @@ def prepare_environment(start_timeout_s: float) -> Path:
 
     Variables that are set already are kept, `OMP_NUM_THREADS` among them.
     """
-    folder = Path(tempfile.mkdtemp(prefix="rlx-engine-"))
+    folder = Path(tempfile.mkdtemp(prefix=_prefix(os.getpid())))
     causes = folder / "causes"
     causes.touch()
     config = folder / "logging.json"
@@ -80,6 +80,16 @@ def forget_environment(causes: Path) -> None:
         if os.environ.get(key) == str(path):
             del os.environ[key]
     shutil.rmtree(causes.parent)
+
+
+def remove_environments(host: int) -> None:
+    """Remove what `prepare_environment` left in a process that was killed."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_prefix(host)}*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _prefix(host: int) -> str:
+    return f"rlx-engine-{host}-"
 
 
 def first_cause(causes: Path | None, error: BaseException) -> str:
