@@ -192,9 +192,11 @@ class StepTimes:
 
     def line(self) -> str:
         """The verdict, what it comes from, and what it suggests."""
+        published = self.share(self.weight_sync_wait_s)
+        waited = f" for rollouts and {published:.0%} for publishing" if published > _NEGLIGIBLE else ""
         idle = "" if math.isnan(self.worker_busy) else f", workers idle {max(0.0, 1 - self.worker_busy):.0%}"
         parts = [
-            f"{self.verdict()}: learner waited {self.share(self.rollout_wait_s):.0%}{idle}, publish "
+            f"{self.verdict()}: learner waited {self.share(self.rollout_wait_s):.0%}{waited}{idle}, publish "
             f"{self.weight_sync_s:.2f} s (paused {self.weight_sync_pause_s:.2f}), rewards {self.reward_s:.2f} s, age "
             f"{self.in_flight_s:.1f} + {self.queue_s:.1f} s, {self.discarded_tokens:.0f} tokens discarded",
             self.suggestion(),

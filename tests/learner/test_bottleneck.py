@@ -61,6 +61,9 @@ def test_waiting_for_the_publish_before_is_publish_bound_and_a_long_pause_is_tol
         weight_sync_pause_s=1,
     )  # fmt: skip
     assert times.headline() == "publish-bound"
+    assert times.line().startswith(
+        "publish-bound: learner waited 10% for rollouts and 40% for publishing, workers idle"
+    )
     paused = replace(times, weight_sync_transfer_s=1, weight_sync_pause_s=8)
     assert paused.headline() == "publish-bound: async.publish: rolling would let the other workers go on"
     assert replace(paused, workers=1).headline() == "publish-bound"
