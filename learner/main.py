@@ -56,6 +56,8 @@ def train(config: Config, num_processes: int) -> None:
     total_steps = plan.total_steps(config, len(train_set.prompts))
     steps_per_epoch = plan.steps_per_epoch(len(train_set.prompts))
     _print_plan(config, plan, train_set, total_steps, console)
+    if resume is not None:
+        console.print(f"going on after step {resume.step}, from {resume.folder}", **PLAIN)
 
     client = connect(config, plan, console) if is_first and config.replay is None else None
     model = with_adapter(load_model(config), config)

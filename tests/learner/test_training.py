@@ -89,7 +89,9 @@ def test_two_processes_train_to_the_same_parameters_as_one(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_a_run_that_a_reward_ended_is_resumed_to_the_parameters_of_an_uninterrupted_one(tmp_path: Path) -> None:
+def test_a_run_that_a_reward_ended_is_resumed_to_the_parameters_of_an_uninterrupted_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = write_run(tmp_path, save_steps=2, eval_steps=2, trl={"beta": 0.1})
     with serve() as served:
         train(config_for(path, served, output_dir=str(tmp_path / "whole" / "out")), 1)
@@ -106,6 +108,7 @@ def test_a_run_that_a_reward_ended_is_resumed_to_the_parameters_of_an_uninterrup
     with serve() as served:
         config = config_for(path, served, auto_resume_from_checkpoints=True)
         train(config, 1)
+        assert f"going on after step 2, from {tmp_path / 'out' / 'checkpoint-2'}\n" in capsys.readouterr().out
         events = served.worker.events
         assert events[0] == ("publish", last_version), "the checkpoint was written with the version before"
         assert [e[1] for e in events if e[0] == "publish"] == [last_version + n for n in (0, 1, 2)]
