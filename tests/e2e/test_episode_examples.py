@@ -26,9 +26,13 @@ def example(tmp_path: Path, name: str, *overrides: Any) -> Iterator[Rlx]:
         yield run
 
 
+IN_TURN = ("--async.max_staleness", 0)
+"""So that the version of each step is known."""
+
+
 @pytest.mark.usefixtures("quickstart")
 def test_the_conversation_learns_and_trains_what_was_sampled(tmp_path: Path) -> None:
-    fewer = ("--max_steps", 24, "--eval_steps", 24, "--samples_per_step", 64, "--trl.num_generations_eval", 8)
+    fewer = ("--max_steps", 24, "--eval_steps", 24, "--samples_per_step", 64, "--trl.num_generations_eval", 8, *IN_TURN)
     with example(tmp_path, "multi_turn", *fewer) as run:
         assert run.wait(RUN_S) == 0, run.output
         assert run.left() == []
@@ -49,7 +53,7 @@ def test_the_conversation_learns_and_trains_what_was_sampled(tmp_path: Path) -> 
 @pytest.mark.usefixtures("quickstart")
 @pytest.mark.parametrize("name", ["documented_rollout", "openai_agent"])
 def test_functions_and_agents_written_for_others_are_trained(tmp_path: Path, name: str) -> None:
-    with example(tmp_path, name, "--max_steps", 3, "--samples_per_step", 64) as run:
+    with example(tmp_path, name, "--max_steps", 3, "--samples_per_step", 64, *IN_TURN) as run:
         assert run.wait(RUN_S) == 0, run.output
         assert run.left() == []
     samples = read_rows(tmp_path / "out" / "samples.jsonl")
