@@ -58,6 +58,8 @@ class Sample:
     """Keeps its place in the batch and trains no token (a truncated completion under `mask_truncated_completions`)."""
     sampled: np.ndarray | None = None
     """bool [L], the tokens that the policy sampled, which alone are trained; None means all"""
+    old_logprobs: np.ndarray | None = None
+    """float32, of the trained tokens, under the policy before the first step on this sample; None: the present one"""
 
     @cached_property
     def trained(self) -> np.ndarray:
@@ -107,6 +109,8 @@ class MicroBatch:
     """The least `col_T`: logits are needed from this column on"""
     segments: Segments | None = None
     """What sees what in a packed row; None where the rows are padded"""
+    old_logprobs_T: Tensor | None = None
+    """float32, of the policy before the first step on these tokens; None: of the present one"""
 
     def to(self, device: torch.device | str) -> MicroBatch:
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -265,6 +269,7 @@ def collate(samples: Sequence[Sample], layout: Layout = PADDED) -> MicroBatch:
         cols = [len(s.prompt_ids) + s.trained - 1 for s in samples]
     col_T = np.concatenate(cols).astype(np.int64)
     logprobs = [s.sampling_logprobs[s.trained] for s in samples]
+    old = [s.old_logprobs for s in samples if s.old_logprobs is not None]
     return MicroBatch(
         input_ids_BS=torch.from_numpy(ids_BS),
         lengths_B=torch.from_numpy(lengths_B),
@@ -276,6 +281,7 @@ def collate(samples: Sequence[Sample], layout: Layout = PADDED) -> MicroBatch:
         weights_T=torch.from_numpy(np.repeat(np.array([s.token_weight for s in samples], np.float32), lengths_B)),
         first_col=int(col_T.min()) if len(col_T) else ids_BS.shape[1] - 1,
         segments=segments,
+        old_logprobs_T=torch.from_numpy(np.concatenate(old)) if old else None,
     )
 
 

@@ -97,7 +97,10 @@ class Feed:
         self._courier.start()
 
     def batch(self, step: int, model: nn.Module) -> Fetched:
-        """The groups that `step` trains on; `model` is its policy, and is published on the way."""
+        """The groups that `step` trains on, none where it goes on with those of the step before; `model` is its policy,
+        and is published on the way."""
+        if step % self._ledger.rules.steps_per_batch:
+            return self._go_on(step, model)
         while True:
             with self._changed:
                 self._raise_error()
@@ -110,9 +113,23 @@ class Feed:
                     continue
             self._publish(step, model)
 
+    def _go_on(self, step: int, model: nn.Module) -> Fetched:
+        """Publishes `model` without waiting for that, unless weights are still on their way; one that is to be evaluated
+        waits for them."""
+        while True:
+            with self._changed:
+                self._raise_error()
+                if self._sent_step >= step or (self._courier.publishing and not self._evaluates(step)):
+                    tally, self._tally = self._tally, Tally()
+                    return self._fetched((), [], step, tally)
+                if self._courier.publishing:
+                    self._wait()
+                    continue
+            self._publish(step, model)
+
     def finish(self, model: nn.Module) -> None:
         """Publish and evaluate the policy after the last step; returns when that is done."""
-        step = self._ledger.step
+        step = min(self._ledger.step, self._ledger.rules.total_steps)
         while True:
             with self._changed:
                 self._raise_error()
@@ -181,10 +198,13 @@ class Feed:
         tally.filtered += len(taken.filtered)
         self._take_back(taken, tally)
         self._pump()
-        times = times_of(tally, groups, taken.step, self._always)
+        return self._fetched(taken.consumed, groups, taken.step, tally)
+
+    def _fetched(self, tickets: tuple[int, ...], groups: list[Arrived], step: int, tally: Tally) -> Fetched:
+        times = times_of(tally, groups, step, self._always)
         counts = {"rollout/requeued_groups": float(tally.put_back), "rollout/filtered_groups": float(tally.filtered)}
         weights = tally.served.times.metrics() if tally.served else {}
-        return Fetched(taken.consumed, [arrived.group for arrived in groups], times, counts | weights)
+        return Fetched(tickets, [arrived.group for arrived in groups], times, counts | weights)
 
     def _take_back(self, taken: Taken, tally: Tally) -> None:
         tally.put_back += len(taken.cancelled) + len(taken.dropped)

@@ -24,7 +24,8 @@ Arrival = Literal["kept", "too_old", "unknown"]
 
 @dataclass(frozen=True)
 class Rules:
-    """`groups_per_step` × `total_steps` tickets are consumed; the others are keys of `async:`."""
+    """A batch of `groups_per_step` tickets is consumed every `steps_per_batch` of `total_steps` steps; the others are
+    keys of `async:`."""
 
     groups_per_step: int
     total_steps: int
@@ -34,6 +35,8 @@ class Rules:
     oversample: float = 1.0
     dynamic_sampling: bool = False
     max_sampling_attempts: int = 4
+    steps_per_batch: int = 1
+    """Optimizer steps that train on one batch; its age is counted at the first"""
 
 
 @dataclass
@@ -68,7 +71,7 @@ class Ledger:
     def __init__(self, rules: Rules, step: int = 0):
         self.rules, self.step = rules, step
         self.served: int | None = None
-        self._next = step * rules.groups_per_step
+        self._next = step // rules.steps_per_batch * rules.groups_per_step
         self._open: dict[int, Ticket] = {}
         self._count: Counter[State] = Counter()
 
@@ -155,7 +158,7 @@ class Ledger:
         spares = self._in_state("spare")
         for ticket in spares:
             self._end(ticket)
-        step, self.step = self.step, self.step + 1
+        step, self.step = self.step, self.step + self.rules.steps_per_batch
         late = [t for t in self._open.values() if t.state in ("in_flight", "ready") and self._is_too_old(t)]
         cancelled = tuple((t.number, t.attempt) for t in late if t.state == "in_flight")
         dropped = tuple(t.number for t in late if t.state == "ready")
@@ -193,17 +196,19 @@ class Ledger:
         waiting.sort(key=_by_age)
         needed = 0
         for place, ticket in enumerate(waiting):
-            later_steps = ticket.oldest + self.rules.max_staleness - self.step
+            later_steps = (ticket.oldest + self.rules.max_staleness - self.step) // self.rules.steps_per_batch
             needed = max(needed, place + 1 - self.rules.groups_per_step * later_steps)
         return waiting[:needed]
 
     def _steps_ahead(self) -> int:
-        """Steps, from the next one, that may train on what is sampled now."""
-        return 0 if self.served is None else self.rules.max_staleness - (self.step - self.served) + 1
+        """Batches, from the next one, that may hold what is sampled now."""
+        if self.served is None:
+            return 0
+        return (self.rules.max_staleness - (self.step - self.served)) // self.rules.steps_per_batch + 1
 
     def _room_for_new(self, ahead: int) -> bool:
         size, occupied = self.rules.groups_per_step, self.count("in_flight", "ready", "pending")
-        left = self.rules.total_steps - self.step
+        left = -(-(self.rules.total_steps - self.step) // self.rules.steps_per_batch)
         drawn = self.rules.max_sampling_attempts * size + (min(ahead, left) - 1) * size + self._extra
         return (
             ahead > 0
@@ -222,7 +227,7 @@ class Ledger:
 
     @property
     def _is_last(self) -> bool:
-        return self.step >= self.rules.total_steps - 1
+        return self.step >= self.rules.total_steps - self.rules.steps_per_batch
 
     @property
     def _exhausted(self) -> bool:

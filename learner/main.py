@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 import transformers
 from rich.console import Console
@@ -76,12 +77,12 @@ def train(config: Config, num_processes: int) -> None:
     _ = arguments.device  # the library sets up the process group here
     ranks = Ranks(arguments.ddp_timeout)
 
+    codec = Codec(config, plan, tokenizer, train_set.prompts)
     rollouts: Rollouts | Replay | None = None
     files, progress, notes = None, None, FailureNotes(console)
     if is_first:
-        codec = Codec(config, plan, tokenizer, train_set.prompts)
         if client is None:
-            rollouts = Replay(config, codec, total_steps, resume)
+            rollouts = Replay(config, plan, codec, total_steps, resume)
             console.print(
                 f"trains on the rollouts in {config.replay}: no service is asked, nothing is evaluated", **PLAIN
             )
@@ -109,9 +110,19 @@ def train(config: Config, num_processes: int) -> None:
         assert rollouts is not None, "only rank 0 has rollouts"
         return rollouts.batch(step, model)
 
+    def reopen(step: int) -> tuple[Fetched, np.ndarray]:
+        assert resume is not None, "a new run begins with a batch of its own"
+        return codec.load_open(resume.folder, step)
+
+    def save_open_batch(folder: Path) -> None:
+        if (opened := trainer.stream.open_batch()) is not None:
+            codec.save_open(folder, *opened)
+
     def make_stream(trainer: GRPOTrainer) -> RolloutStream:
         def on_step(batch: StepBatch) -> None:
             trainer.begin_step(batch)
+            if batch.is_reused:
+                return
             notes.look(batch.groups)
             if files is not None:
                 files.samples(batch, config.samples_per_step)
@@ -120,13 +131,13 @@ def train(config: Config, num_processes: int) -> None:
 
         return RolloutStream(
             config, plan, ranks, train_set.prompts, lambda: trainer.state.global_step, total_steps, fetch, on_step,
-            forward.layout,
+            forward.layout, trainer.old_logprobs, reopen,
         )  # fmt: skip
 
-    clock = StepClock(plan.prompts_per_step / len(train_set.prompts))
+    clock = StepClock(plan.prompts_per_batch / plan.steps_per_batch / len(train_set.prompts))
     trainer = GRPOTrainer(
         config, ranks, arguments, model, reference, tokenizer, make_stream,
-        feed_state=lambda: rollouts.state() if rollouts else {},
+        feed_state=lambda: rollouts.state() if rollouts else {}, save_open_batch=save_open_batch,
         callbacks=[clock, *([progress] if progress else [])],
     )  # fmt: skip
     trainer.remove_callback(transformers.PrinterCallback)
@@ -155,8 +166,9 @@ def _print_plan(config: Config, plan: Plan, train_set: PromptSet, total_steps: i
     dropped = (
         f" ({train_set.too_long} longer than {config.max_prompt_length} tokens left out)" if train_set.too_long else ""
     )
+    unit = "step" if plan.steps_per_batch == 1 else f"batch for {plan.steps_per_batch} steps"
     console.print(
-        f"{len(train_set.prompts)} prompts{dropped}, {plan.prompts_per_step} × {plan.num_generations} completions a step, "
+        f"{len(train_set.prompts)} prompts{dropped}, {plan.prompts_per_batch} × {plan.num_generations} completions a {unit}, "
         f"{total_steps} steps, {plan.num_processes} process{'es' if plan.num_processes > 1 else ''}",
         **PLAIN,
     )

@@ -23,14 +23,16 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from rlx.config import Config, Plan
-from rlx.errors import DatasetError
+from rlx.errors import ConfigError, DatasetError
 from rlx.learner.checkpoints import ResumePoint
 from rlx.learner.data import Prompt
 from rlx.learner.durable import write_atomically
-from rlx.learner.stream import Fetched, prompt_order
+from rlx.learner.stream import Fetched, StepBatch, prompt_order
 from rlx.wire import GroupResult, WireError, decode_frame, encode_frame
 
 FOLDER = "rollouts"
+OPEN_BATCH = "generation_batch.rlx"
+"""In a checkpoint between two steps on one generation batch: that batch"""
 _FORMAT = 1
 
 
@@ -43,6 +45,8 @@ class Batch:
     tickets: tuple[int, ...]
     groups: list[GroupResult]
     state: Mapping[str, Any]
+    old_logprobs: np.ndarray | None = None
+    """In a checkpoint: see `stream.OpenBatch`"""
 
 
 class Codec:
@@ -73,6 +77,7 @@ class Codec:
         return encode_frame(
             header,
             {
+                **({} if batch.old_logprobs is None else {"old_logprobs": batch.old_logprobs}),
                 "prompt_ids": np.concatenate(prompts).astype(np.int32),
                 "prompt_lengths": np.array([len(ids) for ids in prompts], np.int32),
                 "groups": np.frombuffer(body, np.uint8),
@@ -95,7 +100,23 @@ class Codec:
             groups = [GroupResult.decode(body[start:end]) for start, end in pairwise(ends)]
         except (WireError, KeyError) as error:
             raise DatasetError(f"{name} is truncated or damaged ({error}). Copy or record it again.") from error
-        return Batch(header["step"], tuple(header["tickets"]), groups, header["state"])
+        return Batch(header["step"], tuple(header["tickets"]), groups, header["state"], blocks.get("old_logprobs"))
+
+    def save_open(self, folder: Path, batch: StepBatch, old_logprobs: np.ndarray) -> None:
+        """Into a checkpoint that is being written; `batch` is `RolloutStream.open_batch`."""
+        kept = Batch(self._plan.first_of(batch.step), batch.tickets, batch.groups, {}, old_logprobs)
+        (folder / OPEN_BATCH).write_bytes(self.encode(kept))
+
+    def load_open(self, folder: Path, step: int) -> tuple[Fetched, np.ndarray]:
+        """What a run that resumes `folder` at `step` goes on with. Raises ConfigError or DatasetError."""
+        path = folder / OPEN_BATCH
+        batch = self.decode(path.read_bytes(), str(path)) if path.is_file() else None
+        if batch is None or batch.old_logprobs is None or batch.step != self._plan.first_of(step):
+            raise ConfigError(
+                f"the checkpoint {folder} was written by a run whose generation batches begin at other steps. Set "
+                "trl.num_iterations, trl.steps_per_generation and gradient_accumulation_steps as they were."
+            )
+        return Fetched(batch.tickets, batch.groups), batch.old_logprobs
 
     def _check(self, header: Mapping[str, Any], blocks: Mapping[str, np.ndarray], name: str) -> None:
         if header["vocabulary"] != self._vocabulary:
@@ -104,11 +125,12 @@ class Codec:
                 "else here. Name the model of that run, or record anew."
             )
         found = len(header["tickets"]), header["num_generations"]
-        expected = self._plan.prompts_per_step, self._plan.num_generations
+        expected = self._plan.prompts_per_batch, self._plan.num_generations
         if found != expected:
             raise DatasetError(
                 f"{name} holds {found[0]} prompts × {found[1]} completions, this configuration trains "
-                f"{expected[0]} × {expected[1]} a step. Set trl.num_generations and trl.generation_batch_size as they were."
+                f"{expected[0]} × {expected[1]} a batch. Set trl.num_generations, trl.generation_batch_size and "
+                "trl.steps_per_generation as they were."
             )
         recorded = np.split(blocks["prompt_ids"], np.cumsum(blocks["prompt_lengths"])[:-1])
         for ticket, ids, here in zip(header["tickets"], recorded, self._ids_of(header["tickets"]), strict=True):
@@ -139,12 +161,13 @@ class Recorder:
 class Replay:
     """Stands where `Rollouts` does. Raises DatasetError at once where a file of this run is missing."""
 
-    def __init__(self, config: Config, codec: Codec, total_steps: int, resume: ResumePoint | None):
+    def __init__(self, config: Config, plan: Plan, codec: Codec, total_steps: int, resume: ResumePoint | None):
         assert config.replay is not None
         self._folder, self._codec = Path(config.local(config.replay)), codec
         self._state: Mapping[str, Any] = resume.feed_state if resume else {"weight_version": 0}
-        first, there = resume.step if resume else 0, _recorded(self._folder)
-        missing = next((step for step in range(first, total_steps) if step not in there), None)
+        self._steps_per_batch, there = plan.steps_per_batch, _recorded(self._folder)
+        steps = range(plan.next_batch(resume.step if resume else 0), total_steps, plan.steps_per_batch)
+        missing = next((step for step in steps if step not in there), None)
         if missing is not None:
             kept = f"it has steps {min(there) + 1} to {max(there) + 1}" if there else "it has none"
             raise DatasetError(
@@ -155,6 +178,8 @@ class Replay:
     def start(self) -> None: ...
 
     def batch(self, step: int, model: nn.Module) -> Fetched:
+        if step % self._steps_per_batch:
+            return Fetched((), [])
         path = _path(self._folder, step)
         batch = self._codec.decode(path.read_bytes(), f"replay: {path}")
         self._state = batch.state

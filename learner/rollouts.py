@@ -91,9 +91,9 @@ class Rollouts:
         self.feed.start()
 
     def batch(self, step: int, model: nn.Module) -> Fetched:
-        """The groups that `step` trains on, recorded where that is asked for; `model` is its policy."""
+        """The groups that `step` is the first to train on, recorded where that is asked for; `model` is its policy."""
         fetched = self.feed.batch(step, model)
-        if self._recorder is not None:
+        if self._recorder is not None and fetched.groups:
             self._recorder.write(Batch(step, fetched.tickets, fetched.groups, self.state()))
         return fetched
 
@@ -112,7 +112,8 @@ class Rollouts:
 def make_ledger(config: Config, plan: Plan, total_steps: int, resume: ResumePoint | None) -> Ledger:
     keys = config.async_
     rules = Rules(
-        groups_per_step=plan.prompts_per_step,
+        groups_per_step=plan.prompts_per_batch,
+        steps_per_batch=plan.steps_per_batch,
         total_steps=total_steps,
         max_staleness=keys.max_staleness,
         max_inflight_groups=keys.max_inflight_groups,
@@ -121,7 +122,7 @@ def make_ledger(config: Config, plan: Plan, total_steps: int, resume: ResumePoin
         dynamic_sampling=keys.dynamic_sampling,
         max_sampling_attempts=keys.max_sampling_attempts,
     )
-    ledger = Ledger(rules, resume.step if resume else 0)
+    ledger = Ledger(rules, plan.next_batch(resume.step) if resume else 0)
     if resume and resume.ledger:
         ledger.restore(resume.ledger)
     return ledger
@@ -152,7 +153,7 @@ def longest_step_s(config: Config, num_held_out: int) -> float:
 
 def connect(config: Config, plan: Plan, console: Console) -> RolloutClient:
     """A client of a service that is up; waits for it, and says so."""
-    groups = math.ceil(plan.prompts_per_step * (config.async_.max_staleness + config.async_.oversample))
+    groups = math.ceil(plan.prompts_per_batch * (config.async_.max_staleness + config.async_.oversample))
     client = RolloutClient(
         config.base_url,
         service_token(),

@@ -4,6 +4,9 @@
     all      ◄──────────────── broadcast ──────────────┘
              advantages and token weights of the whole step → own micro-batches → Trainer
 
+Several steps train on one batch where `num_iterations` or `steps_per_generation` say so; the first of them asks the
+present policy for the old log-probabilities.
+
 Consumes: batches of the feed. Waits for: the feed (rank 0), as long as that allows; rank 0 (the others), at most the
 process group's timeout. Unblocked by: the groups of the step, or an error, which rank 0 passes on. Produces:
 micro-batches. Which prompt a ticket is, is a function of seed and ticket alone: `PromptOrder`.
@@ -13,12 +16,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import numpy as np
 import torch
 import xxhash
+from torch import Tensor
 
 from rlx.config import Config, Plan
 from rlx.episode import Episode, Row
@@ -55,6 +59,8 @@ class StepBatch:
     """Rank 0's split of the time before training; `trainer.py` adds the rest. Of zeros on the other ranks."""
     metrics: dict[str, float] = field(default_factory=dict)
     """More of rank 0's, by their names in metrics.jsonl"""
+    is_reused: bool = False
+    """Whether a step before trained on these groups, too (`num_iterations`, `steps_per_generation`)"""
 
     @property
     def episodes(self) -> list[Episode]:
@@ -168,7 +174,7 @@ def ticket_request(
     config: Config, plan: Plan, prompts: list[Prompt], order: PromptOrder, session: str, number: int, attempt: int
 ) -> GroupRequest:
     """The request of a ticket. Its seed is that of the ticket: the same for each attempt, and in each run."""
-    step, n = number // plan.prompts_per_step, plan.num_generations
+    step, n = number // plan.prompts_per_batch * plan.steps_per_batch, plan.num_generations
     key = f"{session}/{number}.{attempt}"
     return request_of(config, prompts[order.at(number)], key, step, n, str(number))
 
@@ -177,7 +183,11 @@ class RolloutStream:
     """Iterates over the micro-batches of this rank from the trainer's current step to the last.
 
     `fetch(step)` is called on rank 0 only, once per step, when everything up to that step has been trained. `on_step`
-    sees every StepBatch, on all ranks. `num_micro_batches` are those of the step that is being iterated over.
+    sees every StepBatch, on all ranks. Where several steps train on a generation batch, `fetch` brings groups for the
+    first of them and none for the others, `old_logprobs` scores a micro-batch under the policy before the first, and
+    `reopen(step)` brings, on rank 0, the batch and the scores of `open_batch` to a run that was resumed between them.
+
+    `num_micro_batches` are those of the step that is being iterated over.
     """
 
     num_micro_batches = 0
@@ -193,30 +203,58 @@ class RolloutStream:
         fetch: Callable[[int], Fetched],
         on_step: Callable[[StepBatch], None],
         layout: Layout = PADDED,
+        old_logprobs: Callable[[MicroBatch], Tensor] | None = None,
+        reopen: Callable[[int], tuple[Fetched, np.ndarray]] | None = None,
     ):
         self._config, self._plan, self._ranks, self._prompts, self._layout = config, plan, ranks, prompts, layout
         self._current_step, self._last_step = current_step, last_step
         self._fetch, self._on_step = fetch, on_step
+        self._old_logprobs, self._reopen = old_logprobs, reopen
+        self._batch: StepBatch | None = None
+        self._old: np.ndarray | None = None
+        self._parts: list[list[Sample]] = []
         self.order = prompt_order(config, len(prompts))
 
     def __iter__(self) -> Iterator[dict[str, MicroBatch]]:
         for step in range(self._current_step(), self._last_step):
             batch = self._next(step)
             self._on_step(batch)
-            micro_batches = self._micro_batches(batch)
+            if batch is not self._batch:
+                self._arrange(batch)
+            part = self._parts[step % self._plan.steps_per_batch % self._plan.steps_per_pass]
+            micro_batches = [collate(samples, self._layout) for samples in self._mine(part)]
             self.num_micro_batches = len(micro_batches)
             for micro_batch in micro_batches:
                 yield {"micro_batch": micro_batch}
 
+    def open_batch(self) -> tuple[StepBatch, np.ndarray] | None:
+        """Between two steps on one batch: that, and its old log-probabilities, float32, of all trained tokens in the
+        order of its rows."""
+        if self._batch is None or self._old is None or self._current_step() % self._plan.steps_per_batch == 0:
+            return None
+        return self._batch, self._old
+
     def _next(self, step: int) -> StepBatch:
-        fetched = Fetched((), [])
+        fetched, is_reused = Fetched((), []), step % self._plan.steps_per_batch > 0
 
         def fetch() -> list[bytes]:
             nonlocal fetched
             fetched = self._fetch(step)
-            return [json.dumps(fetched.tickets).encode(), *(group.encode() for group in fetched.groups)]
+            if is_reused and self._batch is None:
+                assert self._reopen is not None
+                opened, old = self._reopen(step)
+                return [
+                    json.dumps(opened.tickets).encode(),
+                    old.tobytes(),
+                    *(group.encode() for group in opened.groups),
+                ]
+            return [json.dumps(fetched.tickets).encode(), b"", *(group.encode() for group in fetched.groups)]
 
-        head, *frames = self._ranks.from_first(fetch)
+        head, old, *frames = self._ranks.from_first(fetch)
+        if is_reused and self._batch is not None:
+            self._batch = replace(self._batch, step=step, times=fetched.times, metrics=fetched.metrics, is_reused=True)
+            return self._batch
+        self._old = np.frombuffer(old, np.float32) if is_reused else None
         tickets = tuple(json.loads(head))
         groups = [GroupResult.decode(frame) for frame in frames]
         rewards_BF = rewards_of(groups)
@@ -227,31 +265,70 @@ class RolloutStream:
             advantage_options(self._config),
         )
         prompts = [self._prompts[self.order.at(ticket)] for ticket in tickets]
-        return StepBatch(step, prompts, groups, advantages, rewards_BF, tickets, fetched.times, fetched.metrics)
+        return StepBatch(
+            step, prompts, groups, advantages, rewards_BF, tickets, fetched.times, fetched.metrics, is_reused
+        )
 
-    def _micro_batches(self, batch: StepBatch) -> list[MicroBatch]:
+    def _arrange(self, batch: StepBatch) -> None:
+        """Cut `batch` into one part for each step of a pass; every pass has the same."""
+        episodes, parts = self._samples(batch), self._plan.steps_per_pass
+        order = np.arange(len(episodes))
+        if parts > 1:
+            first = batch.step - batch.step % self._plan.steps_per_batch
+            order = np.random.default_rng([self._config.seed, first]).permutation(order)
+        if self._plan.steps_per_batch > 1:
+            if self._old is None:
+                self._old = self._score(episodes, order)
+            ends = iter(np.split(self._old, np.cumsum([s.num_trained for rows in episodes for s in rows])[:-1]))
+            episodes = [[replace(sample, old_logprobs=next(ends)) for sample in rows] for rows in episodes]
+        self._batch = batch
+        self._parts = _parts(episodes, order, parts)
+
+    def _score(self, episodes: list[list[Sample]], order: np.ndarray) -> np.ndarray:
+        """The old log-probabilities of all ranks' samples, one after the other."""
+        assert self._old_logprobs is not None
+        samples = [sample for rows in episodes for sample in rows]
+        starts = np.cumsum([0, *(sample.num_trained for sample in samples)])
+        start_of = {id(sample): int(start) for sample, start in zip(samples, starts, strict=False)}
+        old = torch.zeros(int(starts[-1]))
+        for part in _parts(episodes, order, self._plan.steps_per_pass):
+            for mine in self._mine(part):
+                scored = torch.split(self._old_logprobs(collate(mine, self._layout)), [s.num_trained for s in mine])
+                for sample, values in zip(mine, scored, strict=True):
+                    old[start_of[id(sample)] : start_of[id(sample)] + len(values)] = values
+        return self._ranks.sum_(old).numpy()
+
+    def _mine(self, part: list[Sample]) -> list[list[Sample]]:
+        """This rank's micro-batches of one step."""
+        accumulation = self._plan.gradient_accumulation_steps
+        return split(part, self._ranks.size, accumulation, self._config.token_budget, self._layout)[self._ranks.rank]
+
+    def _samples(self, batch: StepBatch) -> list[list[Sample]]:
+        """The rows of each episode, weighted for a step on an equal share of the batch."""
         trl, episodes = self._config.trl, batch.episodes
         cut = [trl.mask_truncated_completions and e.truncated for e in episodes]
         unused = torch.tensor(
             [not e.scorable or out or not known_logprobs(e) for e, out in zip(episodes, cut, strict=True)]
         )
         lengths = torch.tensor([e.num_sampled for e in episodes])
-        weights = token_weights(trl.loss_type, lengths, trl.max_completion_length, unused)
+        weights = token_weights(trl.loss_type, lengths, trl.max_completion_length, unused) * self._plan.steps_per_pass
         prompt_of = [prompt for prompt, group in zip(batch.prompts, batch.groups, strict=True) for _ in group.episodes]
-        samples = [
-            Sample(
-                prompt.ids if row.prompt_ids is None else row.prompt_ids,
-                row.ids, row.logprobs, float(advantage), float(weight), bool(masked), row.mask,
-            )
+        return [
+            [
+                Sample(
+                    prompt.ids if row.prompt_ids is None else row.prompt_ids,
+                    row.ids, row.logprobs, float(advantage), float(weight), bool(masked), row.mask,
+                )
+                for row in episode.rows or (_NO_ROW,)
+            ]
             for prompt, episode, advantage, weight, masked in zip(
                 prompt_of, episodes, batch.advantages.advantages, weights, unused, strict=True
             )
-            for row in episode.rows or (_NO_ROW,)
         ]  # fmt: skip
-        mine = split(
-            samples, self._ranks.size, self._plan.gradient_accumulation_steps, self._config.token_budget, self._layout
-        )[self._ranks.rank]
-        return [collate(samples, self._layout) for samples in mine]
+
+
+def _parts(episodes: list[list[Sample]], order: np.ndarray, count: int) -> list[list[Sample]]:
+    return [[sample for i in chosen for sample in episodes[i]] for chosen in np.split(order, count)]
 
 
 _SAME = 1e-8

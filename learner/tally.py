@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, replace
 
@@ -39,8 +40,9 @@ def num_tokens(group: GroupResult) -> int:
 
 
 def times_of(tally: Tally, groups: list[Arrived], step: int, always: StepTimes) -> StepTimes:
-    """Of `step` with `groups`; `always` holds what is the same in every step."""
-    now, count = time.monotonic(), len(groups)
+    """Of `step` with `groups`, none where it goes on with those of the step before; `always` holds what is the same in
+    every step."""
+    now, count = time.monotonic(), len(groups) or math.nan
     ages = [step - arrived.oldest for arrived in groups]
     times = replace(
         always,
@@ -52,7 +54,7 @@ def times_of(tally: Tally, groups: list[Arrived], step: int, always: StepTimes) 
         in_flight_s=sum(arrived.arrived_at - arrived.sent_at for arrived in groups) / count,
         queue_s=sum(now - arrived.arrived_at for arrived in groups) / count,
         staleness_mean=sum(ages) / count,
-        staleness_max=float(max(ages)),
+        staleness_max=float(max(ages, default=0)),
         generated_tokens=float(tally.generated_tokens),
         discarded_tokens=float(tally.discarded_tokens),
     )

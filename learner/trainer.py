@@ -111,12 +111,13 @@ class GRPOTrainer(Trainer):
         tokenizer: PreTrainedTokenizerBase,
         make_stream: Callable[[GRPOTrainer], RolloutStream],
         feed_state: Callable[[], Mapping[str, Any]],
+        save_open_batch: Callable[[Path], None],
         callbacks: list[TrainerCallback],
     ):
         super().__init__(model=model, args=arguments, processing_class=tokenizer, callbacks=callbacks)
         self._config, self._ranks, self._options = config, ranks, loss_options(config)
         self._reference = reference.to(self.args.device).eval() if reference is not None else None
-        self._feed_state = feed_state
+        self._feed_state, self._save_open_batch = feed_state, save_open_batch
         self._loss_metrics = LossMetrics.zero()
         self._bonus, self._entropy_sum, self._num_entropy_tokens = EntropyBonus.of(config), torch.zeros(()), 0
         self._step_metrics: dict[str, list[float]] = {}
@@ -189,6 +190,13 @@ class GRPOTrainer(Trainer):
                 total += super().training_step(model, micro_batch, num_items_in_batch)
         return total
 
+    def old_logprobs(self, batch: MicroBatch) -> Tensor:
+        """Of the present policy, float32 [T] on the CPU: what the steps on a generation batch compare theirs with."""
+        self.model_wrapped.train()
+        with torch.no_grad():
+            device, temperature = self.args.device, self._config.trl.temperature
+            return completion_logprobs(self.model_wrapped, batch.to(device), temperature, False)[0].float().cpu()
+
     def _entropies(self, batch: MicroBatch) -> Tensor:
         with torch.no_grad():
             _, entropies_T = completion_logprobs(self.model_wrapped, batch, self._config.trl.temperature)
@@ -212,7 +220,7 @@ class GRPOTrainer(Trainer):
             with torch.no_grad(), self._as_reference(model) as reference:
                 ref_logprobs_T, _ = completion_logprobs(reference, batch, temperature, compute_entropy=False)
         out = policy_loss(
-            logprobs_T, None, ref_logprobs_T, batch.sampling_logprobs_T, batch.advantages_T, batch.weights_T,
+            logprobs_T, batch.old_logprobs_T, ref_logprobs_T, batch.sampling_logprobs_T, batch.advantages_T, batch.weights_T,
             batch.lengths_B, self._options, entropies_T, high_entropy_T, entropy_weight,
         )  # fmt: skip
         self._loss_metrics = self._loss_metrics + out.metrics.cpu()
@@ -260,6 +268,7 @@ class GRPOTrainer(Trainer):
         if self._ranks.rank == 0:
             if self._config.trl.sync_ref_model and self._reference is not None:
                 save_reference(self._reference, folder)
+            self._save_open_batch(folder)
             state = {"step": self.state.global_step, **self._feed_state()}
             if self._bonus.adaptive:
                 state["entropy_bonus"] = self._bonus.state()

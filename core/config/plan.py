@@ -26,18 +26,41 @@ class Plan:
     completions_per_step: int
     gradient_accumulation_steps: int
     notes: tuple[str, ...]
+    steps_per_pass: int = 1
+    """Optimizer steps that one pass over a generation batch makes"""
+    num_iterations: int = 1
+    """Passes over it"""
 
     @property
     def prompts_per_step(self) -> int:
         return self.completions_per_step // self.num_generations
 
+    @property
+    def prompts_per_batch(self) -> int:
+        """Of a generation batch, which holds whole groups."""
+        return self.completions_per_step * self.steps_per_pass // self.num_generations
+
+    @property
+    def steps_per_batch(self) -> int:
+        """Optimizer steps from one generation batch to the next."""
+        return self.steps_per_pass * self.num_iterations
+
+    def first_of(self, step: int) -> int:
+        """The first step on the generation batch that `step` trains on."""
+        return step - step % self.steps_per_batch
+
+    def next_batch(self, step: int) -> int:
+        """The first step from `step` on that begins a generation batch."""
+        return math.ceil(step / self.steps_per_batch) * self.steps_per_batch
+
     def steps_per_epoch(self, num_prompts: int) -> int:
         """Steps that touch one epoch; prompts of the next may fill up the last of them."""
-        return math.ceil(num_prompts / self.prompts_per_step)
+        return math.ceil(num_prompts / self.prompts_per_batch) * self.steps_per_batch
 
     def total_steps(self, config: Config, num_prompts: int) -> int:
         """As many as the prompts of all epochs, one after the other without a gap, fill; at least each once."""
-        return config.max_steps or math.ceil(config.num_epochs * num_prompts / self.prompts_per_step)
+        batches = math.ceil(config.num_epochs * num_prompts / self.prompts_per_batch)
+        return config.max_steps or batches * self.steps_per_batch
 
 
 def make_plan(config: Config, num_processes: int = 1) -> Plan:
@@ -50,7 +73,11 @@ def make_plan(config: Config, num_processes: int = 1) -> Plan:
         )
     group, asked = config.trl.num_generations, config.gradient_accumulation_steps
     per_pass = config.micro_batch_size * num_processes
-    notes = []
+    notes: list[str] = []
+    iterations = config.trl.num_iterations
+    if config.trl.steps_per_generation is not None:
+        shared = _steps_per_pass(config, per_pass)
+        return Plan(num_processes, group, per_pass * asked, asked, tuple(_second_looks(config)), shared, iterations)
     if config.trl.generation_batch_size is not None:
         completions = config.trl.generation_batch_size
         if completions % group:
@@ -70,7 +97,28 @@ def make_plan(config: Config, num_processes: int = 1) -> Plan:
             f"gradient_accumulation_steps is {accumulation} instead of {asked}, so that a step holds {completions // group} "
             f"whole groups of {group} ({config.micro_batch_size} × {accumulation} × {num_processes} processes ≥ {completions} completions)"
         )
-    return Plan(num_processes, group, completions, accumulation, (*notes, *_second_looks(config)))
+    notes += _second_looks(config)
+    return Plan(num_processes, group, completions, accumulation, tuple(notes), num_iterations=iterations)
+
+
+def _steps_per_pass(config: Config, per_micro_batch: int) -> int:
+    """Optimizer steps of `trl.steps_per_generation` micro-batches. Raises ConfigError."""
+    trl, accumulation = config.trl, config.gradient_accumulation_steps
+    micro_batches, group = trl.steps_per_generation, trl.num_generations
+    assert micro_batches is not None
+    if trl.generation_batch_size is not None:
+        raise ConfigError(
+            f"{config.path}: trl.steps_per_generation and trl.generation_batch_size are both given; keep one."
+        )
+    unit = math.lcm(accumulation, group // math.gcd(group, per_micro_batch))
+    if micro_batches % unit:
+        low = micro_batches // unit * unit
+        raise ConfigError(
+            f"{config.path}: trl.steps_per_generation ({micro_batches} micro-batches of {per_micro_batch} completions) must hold "
+            f"whole optimizer steps of gradient_accumulation_steps ({accumulation}) and whole groups of trl.num_generations "
+            f"({group}). Write {' or '.join(str(n) for n in (low, low + unit) if n)}."
+        )
+    return micro_batches // accumulation
 
 
 def _second_looks(config: Config) -> list[str]:

@@ -55,8 +55,6 @@ REFUSED: dict[str, Refusal] = {
     **_refuse("early_stopping_patience loss_watchdog_threshold loss_watchdog_patience", "it watches a supervised loss", _REMOVE),
     **_refuse("plugins", "Axolotl's plugins are not loaded", _REMOVE, (None, False, [])),
     **_refuse("trl.use_liger_loss", "Liger's fused loss is not supported", _REMOVE),
-    **_refuse("trl.steps_per_generation", "each batch of rollouts is used for exactly one optimizer step",
-              "Remove the key; `trl.generation_batch_size` sets the completions per step.", (None,)),
     **_refuse("trl.vllm_enable_sleep_mode", "the workers have GPUs of their own and never sleep", _REMOVE),
     **_refuse("trl.cast_lm_head_to_fp32", "it is not supported", _REMOVE),
     **_refuse("trl.use_data_producer trl.async_prefetch trl.prefetch_depth trl.vllm_sync_interval trl.streaming_partial_batch "

@@ -82,7 +82,16 @@ class TrlSection(ObjectiveKeys):
     )
     vllm_guided_decoding_regex: str | None = Field(None, description="Older name of vllm_structured_outputs_regex.")
     # training
-    num_iterations: Literal[1] = Field(1, description="Passes over each batch of rollouts; rlx supports 1.")
+    num_iterations: int = Field(
+        1,
+        ge=1,
+        description="Passes over each generation batch, each of as many optimizer steps. The ratio to the policy before the first of them is clipped. async.max_staleness counts up to the first use.",
+    )
+    steps_per_generation: int | None = Field(
+        None,
+        ge=1,
+        description="Micro-batches of a generation batch per process, a multiple of gradient_accumulation_steps: so many optimizer steps share the batch. Default: one step. Excludes generation_batch_size.",
+    )
     disable_dropout: bool = Field(
         True, description="Set every dropout to 0, so that the learner's log-probabilities are the policy's."
     )

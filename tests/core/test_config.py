@@ -159,6 +159,57 @@ def test_a_generation_batch_size_that_splits_a_group_names_the_nearest_that_do_n
         make_plan(config, 1)
 
 
+@pytest.mark.parametrize(
+    ("accumulation", "processes", "micro_batches", "steps", "prompts"),
+    [(1, 1, 4, 4, 2), (2, 1, 4, 2, 2), (4, 1, 4, 1, 2), (1, 2, 4, 4, 4), (1, 8, 1, 1, 4), (4, 2, 8, 2, 8)],
+)
+def test_steps_per_generation_counts_micro_batches_as_in_trl(
+    tmp_path, accumulation, processes, micro_batches, steps, prompts
+):
+    text = (
+        f"micro_batch_size: 2\ngradient_accumulation_steps: {accumulation}\nnum_epochs: 3\ntrl:\n  num_generations: 4\n"
+    )
+    text += f"  reward_funcs: [a.b]\n  steps_per_generation: {micro_batches}\n  num_iterations: 3\n"
+    config = load_config(write(tmp_path, SMALLEST + text))
+    plan = make_plan(config, processes)
+    assert (plan.steps_per_pass, plan.prompts_per_batch, plan.steps_per_batch) == (steps, prompts, 3 * steps)
+    assert plan.completions_per_step == 2 * processes * accumulation
+    assert plan.gradient_accumulation_steps == accumulation
+    assert plan.total_steps(config, 5) == -(-15 // prompts) * 3 * steps
+    assert plan.steps_per_epoch(5) == -(-5 // prompts) * 3 * steps
+    assert [plan.next_batch(s) for s in (0, 1, 3 * steps)] == [0, 3 * steps, 3 * steps]
+
+
+def test_passes_over_a_batch_multiply_the_steps_of_a_run(tmp_path):
+    text = "trl:\n  num_generations: 4\n  generation_batch_size: 8\n  reward_funcs: [a.b]\n  num_iterations: 2\n"
+    config = load_config(write(tmp_path, SMALLEST + text))
+    plan = make_plan(config, 1)
+    assert plan.total_steps(config, 10) == 10
+    assert (
+        make_plan(config.model_copy(update={"max_steps": 3}), 1).total_steps(
+            config.model_copy(update={"max_steps": 3}), 10
+        )
+        == 3
+    )
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            "steps_per_generation: 6",
+            r"steps_per_generation \(6 micro-batches of 2 completions\) must hold whole .*Write 4 or 8\.",
+        ),
+        ("steps_per_generation: 2", r"steps_per_generation \(2 .*Write 4\."),
+        ("steps_per_generation: 4\n  generation_batch_size: 8", "both given; keep one"),
+    ],
+)
+def test_a_generation_batch_that_parts_steps_or_groups_is_refused(tmp_path, keys, message):
+    text = f"micro_batch_size: 2\ngradient_accumulation_steps: 4\ntrl:\n  num_generations: 4\n  reward_funcs: [a.b]\n  {keys}\n"
+    with pytest.raises(ConfigError, match=message):
+        make_plan(load_config(write(tmp_path, SMALLEST + text)), 1)
+
+
 def test_the_configuration_reference_is_fresh():
     assert (ROOT / "docs" / "configuration.md").read_text() == render(), "type: make docs"
 

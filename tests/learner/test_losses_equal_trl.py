@@ -3,7 +3,9 @@ that the comparison notices what is wrong. The oracle is trl_oracle.py."""
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -137,6 +139,52 @@ def test_the_adapted_coefficient_follows_trl_s(oracle: Oracle, monkeypatch: pyte
 def test_the_present_policy_as_old_policy_equals_trl(oracle: Oracle, correction: bool, level: Any) -> None:
     options = LossOptions("dapo", level, beta=0.04, vllm_importance_sampling_correction=correction)
     assert_equal_trl(Case(options=options, num_iterations=1), oracle)
+
+
+@pytest.mark.parametrize("correction", [False, True])
+@pytest.mark.parametrize("loss_type", [name for name in LOSS_TYPES if name != "bnpo"])
+def test_the_second_pass_over_a_batch_equals_trl_s(
+    oracle: Oracle, loss_type: Any, correction: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The policy of the first pass is the old one; one step on its gradient makes that of the second."""
+    options = LossOptions(loss_type, beta=0.04, epsilon=0.02, vllm_importance_sampling_correction=correction)
+    case = Case(options=options, micro_batches=2)
+    first, second = copy.deepcopy(oracle.old), copy.deepcopy(oracle.old)
+    monkeypatch.setattr(oracle, "new", first)
+    assert_equal_trl(case, oracle)
+    with torch.no_grad():
+        gradients = {name: p.grad for name, p in first.named_parameters()}
+        for name, parameter in second.named_parameters():
+            parameter -= 0.3 * gradients[name] / flat_norm(gradients.values())
+    monkeypatch.setattr(oracle, "new", second)
+    assert_equal_trl(case, oracle)
+    metrics = our_loss_and_gradients(case, oracle)[2].report()
+    clipped = "cispo_clip_ratio" if loss_type == "cispo" else "clip_ratio/region_mean"
+    assert loss_type in ("sapo", "vespo", "cispo") or metrics[clipped] > 0
+
+
+@pytest.mark.parametrize("part", [0, 1])
+@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo", "luspo"])
+def test_a_step_on_half_of_a_generation_batch_equals_trl_s(
+    oracle: Oracle, loss_type: Any, part: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """steps_per_generation: 2, gradient_accumulation_steps: 1. The weights are those of `RolloutStream`."""
+    halves, configure = trl_oracle.split_tensor_dict, oracle.configure
+
+    def configured(case: Case) -> None:
+        configure(case)
+        oracle.trl.args.steps_per_generation = 2
+
+    monkeypatch.setattr(oracle, "configure", configured)
+    monkeypatch.setattr(trl_oracle, "split_tensor_dict", lambda batch, count: [halves(batch, 2)[part]])
+    monkeypatch.setattr(trl_oracle, "split", lambda samples, *_: [[samples[B // 2 * part :][: B // 2]]])
+    weights = trl_oracle.token_weights
+    monkeypatch.setattr(trl_oracle, "token_weights", lambda *arguments: 2 * weights(*arguments))
+    assert_equal_trl(Case(options=LossOptions(loss_type, beta=0.04)), oracle)
+
+
+def flat_norm(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors]).norm()
 
 
 @pytest.mark.parametrize("mask_truncated", [False, True])

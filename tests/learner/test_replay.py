@@ -17,9 +17,10 @@ from learner_process import gone, run, start
 from safetensors.torch import load_file
 from tiny_models import make_tiny_model
 
-from rlx.errors import DatasetError
+from rlx.errors import ConfigError, DatasetError
 from rlx.learner.checkpoints import CHECKPOINT_MARKER
 from rlx.learner.main import train
+from rlx.learner.recording import OPEN_BATCH
 from rlx.processes import descendants
 
 NOBODY = Served(ScriptedWorker(), port=1)
@@ -29,6 +30,7 @@ EVERYTHING = {
     "use_adaptive_entropy": True, "entropy_target": 9.0, "entropy_coef_delta": 0.01, "disable_dropout": False,
 }  # fmt: skip
 """Each key adds something that a checkpoint must keep: reference, coefficient, and with dropout the random numbers."""
+REUSED = {"num_iterations": 2, "steps_per_generation": 8, "generation_batch_size": None}
 
 
 def recorded(folder: Path, **changes: Any) -> Path:
@@ -70,6 +72,24 @@ def test_a_replay_and_a_resumed_replay_give_the_parameters_of_the_recorded_run(t
     assert len({row["entropy_coef"] for row in rows}) > 1
 
 
+def test_a_run_that_was_stopped_between_two_steps_on_one_batch_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    """Batches of 16 completions, in two parts, twice: four steps each."""
+    path = recorded(tmp_path, max_steps=6, gradient_accumulation_steps=4, trl=REUSED)
+    expected = load_file(tmp_path / "out" / "model.safetensors")
+    assert sorted(p.name for p in (tmp_path / "out" / "rollouts").iterdir()) == ["step-1.rlx", "step-5.rlx"]
+    for step, is_open in ((1, True), (3, True), (4, False), (5, True)):
+        checkpoint = tmp_path / "out" / f"checkpoint-{step}"
+        assert (checkpoint / OPEN_BATCH).exists() == is_open
+        found = again(path, tmp_path / f"from-{step}", resume_from_checkpoint=str(checkpoint))
+        assert_same_bits(found, expected)
+    kept = ("reward", "loss", "clip_ratio/region_mean", "learning_rate")
+    rows, resumed = (lines(tmp_path / name / "metrics.jsonl") for name in ("out", "from-1"))
+    assert [[row[name] for name in kept] for row in resumed] == [[row[name] for name in kept] for row in rows[1:]]
+    checkpoint = tmp_path / "out" / "checkpoint-4"
+    with pytest.raises(ConfigError, match=r"checkpoint-4 was written by a run whose generation batches begin at other"):
+        again(path, tmp_path / "other", resume_from_checkpoint=str(checkpoint), trl__num_iterations=3)
+
+
 @pytest.mark.slow
 def test_each_part_of_a_checkpoint_counts(tmp_path: Path) -> None:
     """So the test above would notice if one of them were not restored."""
@@ -94,9 +114,14 @@ def test_each_part_of_a_checkpoint_counts(tmp_path: Path) -> None:
 def test_a_run_that_is_killed_while_it_writes_a_checkpoint_goes_on_to_the_same_bits(
     tmp_path: Path, processes: int
 ) -> None:
-    path = recorded(tmp_path, max_steps=4)
+    """With two processes between two steps on one batch."""
+    reused = {} if processes == 1 else REUSED
+    path = recorded(tmp_path, max_steps=4, gradient_accumulation_steps=4, trl=reused)
     replay, whole, killed = tmp_path / "out" / "rollouts", tmp_path / "whole", tmp_path / "killed"
-    options = ["--replay", str(replay), "--auto_resume_from_checkpoints", "true", "--output_dir"]
+    options = ["--replay", str(replay), "--auto_resume_from_checkpoints", "true"]
+    if reused:
+        options += ["--trl.steps_per_generation", "4", "--gradient_accumulation_steps", "2"]
+    options.append("--output_dir")
     assert run(path, NOBODY, processes, *options, str(whole))[0] == 0
     learner = start(path, NOBODY, processes, *options, str(killed))
     end = time.monotonic() + 90
@@ -160,7 +185,7 @@ def change(folder: Path, what: str) -> dict[str, Any]:
         ("vocabulary", r"replay: .*step-1\.rlx was recorded with another vocabulary"),
         ("data", r"replay: .*step-1\.rlx was recorded with another prompt number 0 than `datasets` gives now"),
         ("seed", r"replay: .*step-1\.rlx was recorded with another prompt number \d than `datasets` gives now"),
-        ("group", r"replay: .*step-1\.rlx holds 2 prompts × 4 completions, this configuration trains 4 × 2 a step"),
+        ("group", r"replay: .*step-1\.rlx holds 2 prompts × 4 completions, this configuration trains 4 × 2 a batch"),
     ],
 )
 def test_a_recording_that_does_not_fit_is_refused(tmp_path: Path, what: str, message: str) -> None:

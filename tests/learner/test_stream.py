@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from rlx.config import Config, make_plan
 from rlx.episode import Episode, Row
 from rlx.errors import ServiceError
+from rlx.learner.batching import MicroBatch
 from rlx.learner.data import Prompt
 from rlx.learner.ranks import Ranks
 from rlx.learner.stream import (
@@ -95,6 +96,39 @@ def test_a_step_becomes_micro_batches_with_the_groups_advantages():
         1: round(expected, 4), 2: round(-expected, 4), 3: round(-expected, 4), 4: round(expected, 4)
     }  # fmt: skip
     assert torch.cat([b.weights_T for b in of_first]).sum().item() == pytest.approx(1.0)
+
+
+def test_a_batch_for_several_steps_is_cut_once_and_scored_before_the_first_of_them():
+    """16 completions of lengths 1 to 16, two steps a pass, two passes."""
+    settings = config(num_iterations=2, steps_per_generation=8, max_completion_length=16)
+    settings = settings.model_copy(update={"gradient_accumulation_steps": 4})
+    groups = [group(str(n), [1.0, 0.0, 0.0, 1.0], list(range(4 * n + 1, 4 * n + 5))) for n in range(4)]
+    scored: list[int] = []
+
+    def old_logprobs(batch: MicroBatch) -> torch.Tensor:
+        scored.append(len(seen))
+        return -batch.lengths_B.repeat_interleave(batch.lengths_B).float()
+
+    seen: list[StepBatch] = []
+    prompts = [Prompt(f"p{i}", np.array([1, 2, 3], np.int32), {}) for i in range(4)]
+    stream = RolloutStream(
+        settings, make_plan(settings), Ranks(10), prompts, lambda: 0, 4,
+        lambda step: Fetched((0, 1, 2, 3), groups) if step == 0 else Fetched((), []), seen.append,
+        old_logprobs=old_logprobs,
+    )  # fmt: skip
+    steps: list[list[MicroBatch]] = [[] for _ in range(4)]
+    for item in stream:
+        steps[len(seen) - 1].append(item["micro_batch"])
+    assert scored == [1] * 8
+    assert [(batch.step, batch.is_reused) for batch in seen] == [(0, False), (1, True), (2, True), (3, True)]
+    lengths = [sorted(n for part in step for n in part.lengths_B.tolist()) for step in steps]
+    assert lengths[0] == lengths[2] != lengths[1] == lengths[3]
+    assert sorted(lengths[0] + lengths[1]) == list(range(1, 17))
+    assert lengths[0] != list(range(1, 9)), "the rows are mixed"
+    for step in steps:
+        for part in step:
+            assert part.old_logprobs_T.tolist() == (-part.lengths_B.repeat_interleave(part.lengths_B)).tolist()
+            torch.testing.assert_close(part.weights_T, torch.full_like(part.weights_T, 2 / sum(range(1, 17))))
 
 
 def test_truncated_completions_can_be_left_out_of_the_loss():
