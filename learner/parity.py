@@ -38,12 +38,17 @@ def probe_logprobs(model: nn.Module, ids: ProbeIds) -> Probe:
     device, training = next(model.parameters()).device, model.training
     model.eval()
     try:
-        return Probe(ids, tuple(_logprobs(model, torch.tensor(sequence, device=device)) for sequence in ids))
+        return Probe(ids, _logprobs(model, ids, device)) if ids else Probe((), ())
     finally:
         model.train(training)
 
 
-def _logprobs(model: nn.Module, ids_T: torch.Tensor) -> tuple[float, ...]:
-    logits_TV = model(input_ids=ids_T[None], use_cache=False).logits[0, :-1].float()
-    chosen_T = logits_TV.gather(1, ids_T[1:, None])[:, 0]
-    return tuple((chosen_T - logits_TV.logsumexp(1)).tolist())
+def _logprobs(model: nn.Module, ids: ProbeIds, device: torch.device) -> tuple[tuple[float, ...], ...]:
+    """One forward: padding on the right is hidden from what stands before it."""
+    ids_BS = torch.zeros(len(ids), max(map(len, ids)), dtype=torch.int64)
+    for row, sequence in enumerate(ids):
+        ids_BS[row, : len(sequence)] = torch.tensor(sequence)
+    ids_BS = ids_BS.to(device)
+    logits_BSV = model(input_ids=ids_BS, use_cache=False).logits[:, :-1].float()
+    chosen_BS = logits_BSV.gather(2, ids_BS[:, 1:, None])[:, :, 0] - logits_BSV.logsumexp(2)
+    return tuple(tuple(row[: len(i) - 1]) for row, i in zip(chosen_BS.tolist(), ids, strict=True))

@@ -166,13 +166,14 @@ def connect(config: Config, plan: Plan, console: Console) -> RolloutClient:
 
 
 def say_waiting(config: Config, console: Console) -> Callable[[str], None]:
-    """Prints what the service is waited for, each message once, and at first how to start it."""
+    """Prints what the service is waited for, each message once, and how to start it where there is none."""
     told = ""
 
     def waiting(message: str) -> None:
         nonlocal told
         start = f"    (to start it, type in another terminal: rlx vllm-serve {os.path.relpath(config.path)})"
-        for line in [f"waiting for the rollout service: {message}", *([] if told else [start])]:
+        is_first = not told and message.startswith("nobody answers")
+        for line in [f"waiting for the rollout service: {message}", *([start] if is_first else [])]:
             if message != told:
                 console.print(line, highlight=False, markup=False, soft_wrap=True)
         told = message

@@ -222,7 +222,7 @@ class AsyncSection(Section):
     oversample: float = Field(
         1.0,
         ge=1,
-        description="Submit this many times a step's groups and go on with the first that are complete. With max_staleness: 0 the others are cancelled and their prompts come again; above, they are trained next.",
+        description="Submit this many times a step's groups and go on with the first that are complete. The others are cancelled and their prompts come again. For max_staleness: 0; above, the groups of later steps are submitted anyway.",
     )
     dynamic_sampling: bool = Field(
         False,
@@ -241,10 +241,19 @@ class AsyncSection(Section):
         description="auto: send only the elements that changed since the last update where that is smaller. full: always everything.",
     )
     parity_threshold: float = Field(
-        0.1,
+        0.05,
         gt=0,
         description="Nats: the mean |log p(worker) − log p(learner)| over the probe's tokens above which a worker gets no work, and training does not start. Probed before the first step, after every resume and after every restart of a worker.",
     )
+
+    @model_validator(mode="after")
+    def later_steps_are_oversampling_enough(self) -> AsyncSection:
+        if self.oversample > 1 and self.max_staleness > 0:
+            raise ValueError(
+                f"oversample ({self.oversample:g}) has no use at max_staleness: {self.max_staleness}, where the groups of "
+                "later steps are submitted anyway; remove it, or write max_staleness: 0"
+            )
+        return self
 
     @property
     def steps_in_flight(self) -> int:

@@ -253,3 +253,24 @@ def test_adapter_keys_that_are_off_need_no_adapter_and_axolotls_own_load(tmp_pat
     )
     config = load_config(write(tmp_path, SMALLEST + text))
     assert (config.lora_r, config.lora_alpha, config.lora_target_modules) == (32, 16, ["gate_proj", "q_proj"])
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ("async: {oversample: 1.5}", "oversample (1.5) has no use at max_staleness: 1"),
+        ("async: {max_staleness: -1}", "async.max_staleness: -1 cannot be used"),
+        ("async: {max_stalenes: 1}", "Did you mean 'async.max_staleness'?"),
+        ("service: {direct: true}\nenvs: [{openenv: {url: 'http://e:1'}}]", "service.direct is for plain replies"),
+    ],
+)
+def test_the_asynchronous_keys_have_laws_of_their_own(tmp_path, keys, message):
+    assert message in problem(tmp_path, SMALLEST + keys + "\n")
+
+
+def test_asynchronous_keys_are_given_on_the_command_line_too(tmp_path):
+    path = write(tmp_path, SMALLEST)
+    assert load_config(path).async_.max_staleness == 1
+    config = load_config(path, parse_overrides(["--async.max_staleness", "0", "--async.oversample", "1.5"]))
+    assert (config.async_.max_staleness, config.async_.oversample, config.async_.steps_in_flight) == (0, 1.5, 1)
+    assert config.group_deadline_s == config.service.group_timeout
