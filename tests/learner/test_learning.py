@@ -124,6 +124,7 @@ def learned(task: Task, seed: int, folder: Path) -> float:
         "rl": "grpo",
         "datasets": [{"path": "data.jsonl"}],
         "vllm": {"dtype": "float32"},
+        "async": {"max_staleness": 0},  # at these learning rates a sample of the step before is of another policy
         "micro_batch_size": 64,
         "learning_rate": 1e-2,
         "lr_scheduler": "constant",

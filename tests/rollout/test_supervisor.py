@@ -368,7 +368,8 @@ def test_the_gate_names_the_worker_how_far_it_is_and_the_threshold_and_keeps_it_
         async with crew(good, bad) as c:
             bad.faults["commit"] = ["skew"]
             with pytest.raises(
-                ParityError, match=r"worker bad .* weights 1: .* by 1 nats .*async.parity_threshold is 0\.1.*base_model"
+                ParityError,
+                match=r"worker bad .* weights 1: .* by 1 nats .*async.parity_threshold is 0\.05.*base_model",
             ):
                 await c.publish(1, gate=True)
             await asyncio.sleep(1000)
