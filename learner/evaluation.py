@@ -110,7 +110,7 @@ class Evaluator:
             groups = self._groups(timeout_s)
             for group in groups:
                 self._check_version(group)
-        except BaseException:
+        except BaseException:  # whatever ends it, nobody will ask for its groups any more
             self.cancel()
             raise
         self._futures = {}

@@ -73,7 +73,7 @@ def train(config: Config, num_processes: int) -> None:
     if reference is not None:
         forward.apply_to(base_of(reference))
     held_out = test_set.prompts if test_set else []
-    arguments = training_arguments(config, plan, total_steps, steps_per_epoch, longest_step_s(config, len(held_out)))
+    arguments = training_arguments(config, total_steps, steps_per_epoch, longest_step_s(config, len(held_out)))
     _ = arguments.device  # the library sets up the process group here
     ranks = Ranks(arguments.ddp_timeout)
 

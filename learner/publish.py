@@ -125,8 +125,8 @@ class Publisher:
             version = self._next_version(packed, service)
             try:
                 manifest, times, changed = self._transmit(packed, version, service)
-            except BaseException:
-                service.version_known = False  # what was asked for may have happened all the same
+            except BaseException:  # whatever it was, what was asked for may have happened all the same
+                service.version_known = False
                 raise
             service.base = self._committed = packed
             self.version = version

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
-from rlx.config import Config, Plan
+from rlx.config import Config
 from rlx.episode import Episode, Status
 from rlx.learner.adapters import without_adapter
 from rlx.learner.batching import MicroBatch
@@ -51,7 +51,7 @@ class _Arguments(TrainingArguments):
 
 
 def training_arguments(
-    config: Config, plan: Plan, total_steps: int, steps_per_epoch: int, ddp_timeout_s: float
+    config: Config, total_steps: int, steps_per_epoch: int, ddp_timeout_s: float
 ) -> TrainingArguments:
     """The library's arguments; the stream knows no epochs, so everything is counted in steps."""
     on_gpu = torch.cuda.is_available()

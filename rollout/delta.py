@@ -113,7 +113,7 @@ def apply(base_path: Path, delta: Buffer, out_path: Path) -> None:
                 with out_path.open("wb") as out:
                     _write(base, view, head, pieces, out.fileno())
                 _check_result(out_path, head)
-            except BaseException:
+            except BaseException:  # whatever ends it, half a file must not stay
                 out_path.unlink(missing_ok=True)
                 raise
 

@@ -89,16 +89,18 @@ def main() -> None:
             for name in WAYS
         }
         runs: dict[str, list[list[float]]] = {name: [] for name in WAYS}
-        for _ in range(repeats + 1):
-            for name, process in children.items():
-                assert process.stdin is not None
-                assert process.stdout is not None
-                process.stdin.write("\n")
-                process.stdin.flush()
-                runs[name].append(json.loads(process.stdout.readline()))
-        for process in children.values():
-            process.kill()
-            process.wait()
+        try:
+            for _ in range(repeats + 1):
+                for name, process in children.items():
+                    assert process.stdin is not None
+                    assert process.stdout is not None
+                    process.stdin.write("\n")
+                    process.stdin.flush()
+                    runs[name].append(json.loads(process.stdout.readline()))
+        finally:
+            for process in children.values():
+                process.kill()
+                process.wait()
         for values in zip(*(r[-1][3:] for r in runs.values()), strict=True):
             assert max(values) - min(values) < 1e-4 * abs(values[0]), f"not the same work: {values}"
         for name, measured in runs.items():

@@ -12,7 +12,7 @@ from fake_service import config_for, length_reward, lines, place, serve, write_r
 from PIL import Image
 from transformers import TrainingArguments
 
-from rlx.config import Config, make_plan
+from rlx.config import Config
 from rlx.episode import Episode
 from rlx.learner.main import train
 from rlx.learner.trainer import training_arguments
@@ -204,4 +204,4 @@ def arguments_for(keys: dict, total_steps: int, steps_per_epoch: int) -> Trainin
     trl = {"reward_funcs": ["r"], "num_generations": 4}
     data = {"base_model": "m", "rl": "grpo", "datasets": [{"path": "d"}], "micro_batch_size": 2, "trl": trl, **keys}
     config = Config.model_validate(data)
-    return training_arguments(config, make_plan(config), total_steps, steps_per_epoch, 60)
+    return training_arguments(config, total_steps, steps_per_epoch, 60)
