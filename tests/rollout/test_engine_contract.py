@@ -103,12 +103,13 @@ async def test_a_commit_changes_the_version_of_what_comes_after(subject: Subject
 async def test_requests_in_flight_keep_going_over_a_swap_and_their_versions_partition_the_tokens(
     subject: Subject,
 ) -> None:
-    old = subject.engine.weight_version()
+    old, before = subject.engine.weight_version(), subject.engine.load().generated_tokens
     running = [
         asyncio.ensure_future(subject.engine.generate(f"r{i}", PROMPT, n, Sampling(max_tokens=200)))
         for i, n in enumerate([1, 3])
     ]
-    await asyncio.sleep(0.1)
+    while subject.engine.load().generated_tokens < before + 8:
+        await asyncio.sleep(0.001)
     manifest, path = subject.update(old + 1)
     preemptions = subject.engine.load().preemptions
     await subject.engine.commit(manifest, path)

@@ -38,8 +38,11 @@ async def test_each_token_of_a_sequence_over_a_swap_carries_the_version_that_sam
     train_a_little(models[2], steps=12)
     base = engine.weight_version()
     await _sync(engine, models[1], base + 1, tmp_path)
-    task = asyncio.ensure_future(engine.generate("r", PROMPT, 6, Sampling(max_tokens=300, temperature=0.8)))
-    await asyncio.sleep(0.3)
+    sampling = Sampling(max_tokens=300, temperature=0.8, extra={"ignore_eos": True})
+    before = engine.load().generated_tokens
+    task = asyncio.ensure_future(engine.generate("r", PROMPT, 6, sampling))
+    while engine.load().generated_tokens < before + 60:
+        await asyncio.sleep(0.001)
     await _sync(engine, models[2], base + 2, tmp_path)
     crossed = [c for c in await task if len(c.versions) == 2]
     assert len(crossed) >= 3
