@@ -110,6 +110,7 @@ async def test_requests_in_flight_keep_going_over_a_swap_and_their_versions_part
     ]
     while subject.engine.load().generated_tokens < before + 8:
         await asyncio.sleep(0.001)
+        assert not any(task.done() for task in running)
     manifest, path = subject.update(old + 1)
     preemptions = subject.engine.load().preemptions
     await subject.engine.commit(manifest, path)

@@ -43,6 +43,7 @@ async def test_each_token_of_a_sequence_over_a_swap_carries_the_version_that_sam
     task = asyncio.ensure_future(engine.generate("r", PROMPT, 6, sampling))
     while engine.load().generated_tokens < before + 60:
         await asyncio.sleep(0.001)
+        assert not task.done()
     await _sync(engine, models[2], base + 2, tmp_path)
     crossed = [c for c in await task if len(c.versions) == 2]
     assert len(crossed) >= 3
