@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from rlx import __version__
-from rlx.config import Config, load_config, parse_overrides
-from rlx.errors import RlxError
-from rlx.hub import settle_hub
+from rlx import __version__, cli_runs
+from rlx.cli_parts import guarded, load
 
 _OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 _EPILOG = "Any key of the YAML can be given here too: --trl.beta 0.01 --vllm.port 8001 --learning_rate 1e-5"
@@ -41,23 +36,23 @@ def options(version: Annotated[bool, typer.Option("--version", help="Print the v
 @app.command(context_settings=_OVERRIDES, epilog=_EPILOG)
 def check(context: typer.Context, config: ConfigPath, num_processes: Processes = 1) -> None:
     """Validate keys, batch arithmetic, devices, data, rewards and transforms; print the plan. Loads no model."""
-    loaded = _load(config, context.args)
+    loaded = load(config, context.args)
     from rlx.cluster.check import check_main
 
-    raise typer.Exit(_guarded(lambda: check_main(loaded, num_processes)))
+    raise typer.Exit(guarded(lambda: check_main(loaded, num_processes)))
 
 
 @app.command("vllm-serve", context_settings=_OVERRIDES, epilog=_EPILOG)
 def vllm_serve(context: typer.Context, config: ConfigPath, dry_run: DryRun = False) -> None:
     """Start the rollout service: Ray, the vLLM workers, the reward processes and the HTTP gateway."""
-    loaded = _load(config, _serve_options(context.args))
+    loaded = load(config, _serve_options(context.args))
     if dry_run:
         from rlx.cluster.check import check_main
 
-        raise typer.Exit(_guarded(lambda: check_main(loaded, 1)))
+        raise typer.Exit(guarded(lambda: check_main(loaded, 1)))
     from rlx.cluster.serve import serve_main
 
-    raise typer.Exit(_guarded(lambda: serve_main(loaded)))
+    raise typer.Exit(guarded(lambda: serve_main(loaded)))
 
 
 @app.command(context_settings=_OVERRIDES, epilog=_EPILOG)
@@ -73,58 +68,30 @@ def train(
 ) -> None:
     """Start the learner. It waits for the service of `rlx vllm-serve CONFIG` and trains."""
     overrides = [*context.args, *(["--replay", str(replay)] if replay is not None else [])]
-    loaded = _load(config, overrides)
+    loaded = load(config, overrides)
     if dry_run:
         from rlx.cluster.check import check_main
 
-        raise typer.Exit(_guarded(lambda: check_main(loaded, num_processes)))
+        raise typer.Exit(guarded(lambda: check_main(loaded, num_processes)))
     from rlx.learner.launch import train_main
 
-    raise typer.Exit(_guarded(lambda: train_main(loaded, overrides, num_processes)))
+    raise typer.Exit(guarded(lambda: train_main(loaded, overrides, num_processes)))
 
 
 @app.command(context_settings=_OVERRIDES, epilog=_EPILOG)
 def run(context: typer.Context, config: ConfigPath, num_processes: Processes = 1, dry_run: DryRun = False) -> None:
     """Service and learner in one terminal: start the service, wait for it, train, stop it."""
-    loaded = _load(config, context.args)
+    loaded = load(config, context.args)
     if dry_run:
         from rlx.cluster.check import check_main
 
-        raise typer.Exit(_guarded(lambda: check_main(loaded, num_processes)))
+        raise typer.Exit(guarded(lambda: check_main(loaded, num_processes)))
     from rlx.cluster.run import run_main
 
-    raise typer.Exit(_guarded(lambda: run_main(loaded, context.args, num_processes)))
+    raise typer.Exit(guarded(lambda: run_main(loaded, context.args, num_processes)))
 
 
-@app.command()
-def samples(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The output_dir of a run, or its samples.jsonl.")],
-    step: Annotated[str | None, typer.Option("--step", metavar="N|A:B", help="Of this step, or of these.")] = None,
-    best: Annotated[int | None, typer.Option("--best", min=1, help="The N with the highest reward.")] = None,
-    worst: Annotated[int | None, typer.Option("--worst", min=1, help="The N with the lowest reward.")] = None,
-    by: Annotated[
-        str | None, typer.Option("--by", metavar="REWARD", help="What --best and --worst go by; default: the sum.")
-    ] = None,
-    status: Annotated[str | None, typer.Option("--status", help="ok, truncated, timeout, env_lost, aborted.")] = None,
-    group: Annotated[str | None, typer.Option("--group", metavar="KEY", help="Of this group.")] = None,
-    diff_versions: Annotated[
-        bool, typer.Option("--diff-versions", help="Whose tokens come from more than one weight version.")
-    ] = False,
-    limit: Annotated[int | None, typer.Option("--limit", min=0, help="How many; default 10, 0 for all.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="The records as they were saved, one a line.")] = False,
-    full: Annotated[bool, typer.Option("--full", help="Long texts whole.")] = False,
-) -> None:
-    """What the model wrote, the newest first: prompt, conversation, rewards, advantage, weight versions."""
-    from rlx.sample_view import samples_main
-    from rlx.samples import Query, parse_steps
-
-    def show() -> int:
-        steps = None if step is None else parse_steps(step)
-        query = Query(steps, status, group, diff_versions, best, worst, by, limit)
-        return samples_main(out, query, as_json, full)
-
-    raise typer.Exit(_guarded(show))
-
+cli_runs.add_to(app)
 
 rollout = typer.Typer(help="Look at single episodes.", no_args_is_help=True)
 reward = typer.Typer(help="Try reward functions without training.", no_args_is_help=True)
@@ -142,10 +109,10 @@ def rollout_test(
 ) -> None:
     """One episode, token by token: what the policy sampled, what was context, versions, rewards. Uses the service of
     the YAML when it runs, else starts one for this."""
-    loaded = _load(config, context.args)
+    loaded = load(config, context.args)
     from rlx.cluster.rollout_test import rollout_test_main
 
-    raise typer.Exit(_guarded(lambda: rollout_test_main(loaded, context.args, row)))
+    raise typer.Exit(guarded(lambda: rollout_test_main(loaded, context.args, row)))
 
 
 @reward.command("test", context_settings=_OVERRIDES, epilog=_EPILOG)
@@ -163,19 +130,19 @@ def reward_test(
 ) -> None:
     """Every reward function on trivial completions (nothing, the prompt, the answer, a very long one), in the same
     processes as in a run; flags what pays for nothing, or blocks."""
-    loaded = _load(config, context.args)
+    loaded = load(config, context.args)
     from rlx.cluster.reward_test import reward_test_main
 
-    raise typer.Exit(_guarded(lambda: reward_test_main(loaded, samples, rows, answer_column)))
+    raise typer.Exit(guarded(lambda: reward_test_main(loaded, samples, rows, answer_column)))
 
 
 @workers.command("list", context_settings=_OVERRIDES, epilog=_EPILOG)
 def workers_list(context: typer.Context, config: ConfigPath) -> None:
     """Name, state, node, process, weight version and load of every worker."""
-    loaded = _load(config, _serve_options(context.args))
+    loaded = load(config, _serve_options(context.args))
     from rlx.cluster.workers import list_main
 
-    raise typer.Exit(_guarded(lambda: list_main(loaded)))
+    raise typer.Exit(guarded(lambda: list_main(loaded)))
 
 
 @workers.command("add", context_settings=_OVERRIDES, epilog=_EPILOG)
@@ -185,10 +152,10 @@ def workers_add(
     count: Annotated[int, typer.Option("--count", min=1, help="How many.")] = 1,
 ) -> None:
     """Add workers on free devices of the Ray cluster, and wait until they have the newest weights and serve."""
-    loaded = _load(config, _serve_options(context.args))
+    loaded = load(config, _serve_options(context.args))
     from rlx.cluster.workers import add_main
 
-    raise typer.Exit(_guarded(lambda: add_main(loaded, count)))
+    raise typer.Exit(guarded(lambda: add_main(loaded, count)))
 
 
 @workers.command("remove", context_settings=_OVERRIDES, epilog=_EPILOG)
@@ -198,10 +165,10 @@ def workers_remove(
     name: Annotated[str, typer.Argument(metavar="NAME", help="As `rlx workers list` calls it.")],
 ) -> None:
     """Let a worker finish what it has, then take it out and give its devices back."""
-    loaded = _load(config, _serve_options(context.args))
+    loaded = load(config, _serve_options(context.args))
     from rlx.cluster.workers import remove_main
 
-    raise typer.Exit(_guarded(lambda: remove_main(loaded, name)))
+    raise typer.Exit(guarded(lambda: remove_main(loaded, name)))
 
 
 def _serve_options(arguments: list[str]) -> list[str]:
@@ -213,34 +180,6 @@ def _serve_options(arguments: list[str]) -> list[str]:
         name = argument[2:].partition("=")[0].replace("_", "-")
         renamed.append(f"--vllm.{argument[2:]}" if argument.startswith("--") and name in short else argument)
     return renamed
-
-
-def _load(path: Path, arguments: list[str]) -> Config:
-    try:
-        config = load_config(path, parse_overrides(arguments))
-    except RlxError as error:
-        _fail(error)
-        raise typer.Exit(error.exit_code) from None
-    settle_hub(config)
-    return config
-
-
-def _guarded(body: Callable[[], int]) -> int:
-    try:
-        return body()
-    except RlxError as error:
-        _fail(error)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
-
-
-def _fail(error: RlxError) -> None:
-    typer.echo(f"{_mark()}{error}", err=True)
-
-
-def _mark() -> str:
-    return "\x1b[31merror:\x1b[0m " if sys.stderr.isatty() and "NO_COLOR" not in os.environ else "error: "
 
 
 def main(arguments: list[str] | None = None) -> Any:

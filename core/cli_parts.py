@@ -1,0 +1,44 @@
+"""What the commands of `rlx` share: loading the YAML, and one line to stderr for an error."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import typer
+
+from rlx.config import Config, load_config, parse_overrides
+from rlx.errors import RlxError
+from rlx.hub import settle_hub
+
+
+def load(path: Path, arguments: list[str]) -> Config:
+    """The validated configuration; ends the command where there is none."""
+    try:
+        config = load_config(path, parse_overrides(arguments))
+    except RlxError as error:
+        _fail(error)
+        raise typer.Exit(error.exit_code) from None
+    settle_hub(config)
+    return config
+
+
+def guarded(body: Callable[[], int]) -> int:
+    """The exit status of `body`, or that of its error, told on stderr."""
+    try:
+        return body()
+    except RlxError as error:
+        _fail(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+
+
+def _fail(error: RlxError) -> None:
+    typer.echo(f"{_mark()}{error}", err=True)
+
+
+def _mark() -> str:
+    return "\x1b[31merror:\x1b[0m " if sys.stderr.isatty() and "NO_COLOR" not in os.environ else "error: "

@@ -1,0 +1,44 @@
+"""The commands that look at a run: samples. They need no service and no GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rlx.cli_parts import guarded
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the commands of this module."""
+    app.command()(samples)
+
+
+def samples(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The output_dir of a run, or its samples.jsonl.")],
+    step: Annotated[str | None, typer.Option("--step", metavar="N|A:B", help="Of this step, or of these.")] = None,
+    best: Annotated[int | None, typer.Option("--best", min=1, help="The N with the highest reward.")] = None,
+    worst: Annotated[int | None, typer.Option("--worst", min=1, help="The N with the lowest reward.")] = None,
+    by: Annotated[
+        str | None, typer.Option("--by", metavar="REWARD", help="What --best and --worst go by; default: the sum.")
+    ] = None,
+    status: Annotated[str | None, typer.Option("--status", help="ok, truncated, timeout, env_lost, aborted.")] = None,
+    group: Annotated[str | None, typer.Option("--group", metavar="KEY", help="Of this group.")] = None,
+    diff_versions: Annotated[
+        bool, typer.Option("--diff-versions", help="Whose tokens come from more than one weight version.")
+    ] = False,
+    limit: Annotated[int | None, typer.Option("--limit", min=0, help="How many; default 10, 0 for all.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The records as they were saved, one a line.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Long texts whole.")] = False,
+) -> None:
+    """What the model wrote, the newest first: prompt, conversation, rewards, advantage, weight versions."""
+    from rlx.sample_view import samples_main
+    from rlx.samples import Query, parse_steps
+
+    def show() -> int:
+        steps = None if step is None else parse_steps(step)
+        query = Query(steps, status, group, diff_versions, best, worst, by, limit)
+        return samples_main(out, query, as_json, full)
+
+    raise typer.Exit(guarded(show))
