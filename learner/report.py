@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,13 @@ from rlx.wire import GroupResult, row_json
 
 
 class RunFiles:
-    """The files of one run in `output_dir`, which is created here. `first_step`: where this run begins."""
+    """The files of one run in `output_dir`, which is created here. `first_step`: where this run begins. Each of
+    `listeners` is told every record that is written: the name of its file (metrics, samples, evals) and what it has."""
 
     def __init__(self, output_dir: Path, first_step: int):
         output_dir.mkdir(parents=True, exist_ok=True)
         self.output_dir = output_dir
+        self.listeners: list[Callable[[str, dict[str, Any]], None]] = []
         for name in ("metrics", "samples"):
             _keep_to(self._path(name), first_step)
         _keep_to(self._path("evals"), first_step - 1)  # that of `first_step` is taken after its checkpoint, again
@@ -91,6 +93,8 @@ class RunFiles:
     def _append(self, name: str, record: dict[str, Any]) -> None:
         with self._path(name).open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(_without_nan(record), ensure_ascii=False, allow_nan=False) + "\n")
+        for listener in self.listeners:
+            listener(name, record)
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
