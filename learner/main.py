@@ -31,6 +31,7 @@ from rlx.learner.ranks import Ranks
 from rlx.learner.recording import Codec, Recorder, Replay
 from rlx.learner.report import RunFiles, evaluation_table, print_samples
 from rlx.learner.rollouts import Rollouts, connect, longest_step_s
+from rlx.learner.run_record import write_run_record
 from rlx.learner.stream import Fetched, RolloutStream, StepBatch
 from rlx.learner.trainer import GRPOTrainer, StepClock, training_arguments
 from rlx.processes import die_with_parent
@@ -87,6 +88,7 @@ def train(config: Config, num_processes: int) -> None:
                 f"trains on the rollouts in {config.replay}: no service is asked, nothing is evaluated", **PLAIN
             )
         files = RunFiles(Path(config.output_dir), resume.step if resume else 0)
+        write_run_record(files.output_dir, config, total_steps, num_processes, resume.step if resume else None)
         progress = ProgressReport(console, files)
         if client is not None:
             recorder = (
