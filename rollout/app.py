@@ -2,8 +2,9 @@
 
     data plane      POST /v1/rollouts, /v1/completions, /v1/chat/completions; GET /v1/models, /v1/workers
     control plane   POST /v1/session, /v1/rollouts/cancel, /v1/logprobs; POST and DELETE /v1/workers;
-                    POST /v1/weights/announce, PUT /v1/weights/{version}, POST /v1/weights/{version}/commit:
-                    with the bearer token, always
+                    POST /v1/weights/announce, PUT /v1/weights/{version}, POST /v1/weights/{version}/commit;
+                    POST /v1/observations: with the bearer token, always
+    for people      GET /metrics: as the data plane
     GET /health     never needs one
 
 A request that names its session (header `rlx-session`) is refused when another one took over, or when this process was
@@ -31,6 +32,8 @@ from rlx.rollout.http_bodies import (
     wanted,
     with_token,
 )
+from rlx.rollout.metrics import exposition
+from rlx.rollout.observations import MAX_OBSERVATIONS_BYTES
 from rlx.rollout.service import RolloutService
 from rlx.wire import CONTENT_TYPE, WeightManifest, WireError, decode_frame, encode_frame
 
@@ -44,6 +47,7 @@ def create_app(service: RolloutService, token: str | None, require_token_for_dat
     )
     app.include_router(_data_plane(service), dependencies=guarded if require_token_for_data else [])
     app.include_router(_control_plane(service), dependencies=guarded)
+    app.include_router(_metrics(service), dependencies=guarded if require_token_for_data else [])
     app.add_api_route("/health", _health(service), methods=["GET"])
     answer_errors(app)
     return app
@@ -93,9 +97,25 @@ def _data_plane(service: RolloutService) -> APIRouter:
     return router
 
 
+def _metrics(service: RolloutService) -> APIRouter:
+    router = APIRouter()
+
+    @router.get("/metrics")
+    async def metrics(request: Request) -> Response:
+        body, content_type = await exposition(service, request.headers.get("accept", ""))
+        return Response(body, headers={"content-type": content_type})
+
+    return router
+
+
 def _control_plane(service: RolloutService) -> APIRouter:
     router = APIRouter(prefix="/v1")
     router.include_router(_weights(service))
+
+    @router.post("/observations", dependencies=[Depends(of_session(service.check_session))])
+    async def observations(request: Request) -> Response:
+        _, body = await read_body(request, MAX_OBSERVATIONS_BYTES)
+        return json_response(service.observations.add(json_object(body)))
 
     @router.post("/session")
     async def session(request: Request) -> Response:

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn
 
-from rlx.errors import RlxError, ServiceError
+from rlx.errors import RlxError
 from rlx.rollout.fleet import Member
 from rlx.rollout.group_runner import GroupRunner
-from rlx.rollout.groups import GroupStore, check_request
+from rlx.rollout.groups import GroupStore, Over, check_request
 from rlx.rollout.http_errors import error_body
 from rlx.rollout.service import KEPT_BYTES, KEPT_GROUPS, RolloutService
 from rlx.rollout.worker import Worker
@@ -45,10 +45,6 @@ class WorkerGroups:
     def cancel(self, keys: Iterable[str]) -> None:
         """Stop the running groups among `keys`; who waits for one gets GroupCancelled."""
         self._groups.cancel(keys)
-
-
-class _Over(ServiceError):
-    """How a lease ends: it has no result."""
 
 
 @dataclass
@@ -147,7 +143,7 @@ class Leases:
         except asyncio.CancelledError:
             self._stop_later(member.worker, lease.key)
             raise
-        raise _Over(f"the lease of {lease.key!r} is over")
+        raise Over(f"the lease of {lease.key!r} is over")
 
     def _stop_later(self, worker: Worker, key: str) -> None:
         async def stop() -> None:

@@ -20,6 +20,7 @@ from typing import Literal
 
 from rlx.config.sections import ServiceSection
 from rlx.errors import ServiceUnavailable
+from rlx.rollout.events import EventKind, ServiceEvents
 from rlx.rollout.worker import EngineLoad, Worker, WorkerStatus
 
 State = Literal[
@@ -105,12 +106,13 @@ class Member:
 
 
 class Fleet:
-    """`on_event` gets one line when a member goes, comes back or is given up."""
+    """`on_event` gets one line when a member goes, comes back or is given up; `events` keep them."""
 
     def __init__(self, workers: list[Worker], settings: ServiceSection):
         self.members = [Member(worker) for worker in workers]
         self.weight_version = 0
         self.on_event: Callable[[str], None] = lambda line: None
+        self.events = ServiceEvents()
         self.updating = False
         self.updates = 0
         self.changes = 0
@@ -183,7 +185,8 @@ class Fleet:
         self.move(member, event)
         member.kept = kept
         member.cause, member.last_cause = member.cause or cause, cause
-        self.on_event(f"{member.name}: {member.state}: {cause}")
+        kind: EventKind = "worker_quarantined" if member.state == "quarantined" else "worker_down"
+        self.tell(kind, member.name, f"{member.state}: {cause}")
 
     def mark_down(self, member: Member, cause: str, quarantine: bool = False) -> None:
         """For those that use members. Of one that does not work nothing new is learned this way."""
@@ -200,6 +203,7 @@ class Fleet:
         if worker.name in [m.name for m in self.members]:
             raise ValueError(f"there is a worker {worker.name!r} already")
         self.members.append(member := Member(worker))
+        self.events.add("worker_added", worker.name, f"{worker.name}: added")
         self._notify()
         return member
 
@@ -240,6 +244,12 @@ class Fleet:
         return member.state == "ready" and member.weight_version != self.weight_version and not self.updating
 
     # --- for people -----------------------------------------------------------------------------------------------
+
+    def tell(self, kind: EventKind, name: str, what: str) -> None:
+        """Worker `name` did or suffered `what`."""
+        line = f"{name}: {what}"
+        self.events.add(kind, name, line)
+        self.on_event(line)
 
     def silent(self) -> list[Member]:
         """Ready, but without a token for longer than `service.probe_timeout`."""

@@ -12,6 +12,7 @@ from rlx.episode import Episode
 from rlx.errors import ServiceUnavailable
 from rlx.rollout.deadline import deadline
 from rlx.rollout.fleet import Member
+from rlx.rollout.statistics import GroupStatistics
 from rlx.rollout.worker import Episodes, Scorer, Worker
 from rlx.wire import GroupRequest, GroupResult, RewardOutcome
 
@@ -36,6 +37,7 @@ class GroupRunner:
     ):
         self._episodes, self._scorer = episodes, scorer
         self._group_timeout, self._describe = group_timeout, describe
+        self.statistics = GroupStatistics()
 
     async def run(self, worker: Worker, request: GroupRequest) -> GroupResult:
         """The scored group, on this worker or not at all."""
@@ -73,6 +75,8 @@ class GroupRunner:
             generated = time.monotonic()
             waiting_for = f"{REWARDS} (trl.reward_funcs)"
             rewards, metrics = await self._scorer.score(request, episodes)
+        scored = time.monotonic()
+        self.statistics.add(episodes, rewards, generated - start, scored - generated)
         if self._episodes.own_reward:
             rewards.append(_own_rewards(episodes))
         return GroupResult(
@@ -81,7 +85,7 @@ class GroupRunner:
             rewards=tuple(rewards),
             worker=worker,
             generation_s=generated - start,
-            reward_s=time.monotonic() - generated,
+            reward_s=scored - generated,
             metrics=metrics,
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
@@ -20,6 +20,10 @@ KEPT_CANCELLED = 16384
 
 class KeyConflict(ServiceError):
     """A key came back with another request."""
+
+
+class Over(ServiceError):
+    """How a group ends whose result went elsewhere: nothing is kept of it, and nothing failed."""
 
 
 @dataclass
@@ -46,6 +50,8 @@ class GroupStore:
         self._session: str | None = None
         self._replaced: set[str] = set()
         self._cancelled: OrderedDict[str, None] = OrderedDict()
+        self.outcomes = Counter({"ok": 0, "failed": 0, "cancelled": 0})
+        """Groups by how they ended"""
 
     async def get(self, request: GroupRequest, run: Callable[[GroupRequest], Awaitable[GroupResult]]) -> GroupResult:
         if self._session is not None and (asked := session_of(request.key)) in self._replaced:
@@ -107,6 +113,10 @@ class GroupStore:
     def running(self) -> list[asyncio.Task[GroupResult]]:
         return [entry.task for entry in self._entries.values() if not entry.task.done()]
 
+    @property
+    def num_running(self) -> int:
+        return len(self._entries) - self._num_finished
+
     def __len__(self) -> int:
         return len(self._entries)
 
@@ -121,6 +131,7 @@ class GroupStore:
         return _Entry(digest, task)
 
     def _finished(self, key: str, task: asyncio.Task[GroupResult]) -> None:
+        self.outcomes[_outcome(task)] += 1
         if task.cancelled() or task.exception() is not None:
             del self._entries[key]
             return
@@ -134,6 +145,12 @@ class GroupStore:
             oldest = next(key for key, entry in self._entries.items() if entry.nbytes is not None)
             self._num_finished -= 1
             self._nbytes -= self._entries.pop(oldest).nbytes or 0
+
+
+def _outcome(task: asyncio.Task[GroupResult]) -> str:
+    if task.cancelled():
+        return "cancelled"
+    return "ok" if isinstance(task.exception(), Over | None) else "failed"
 
 
 def _nbytes(result: GroupResult) -> int:

@@ -60,16 +60,17 @@ async def answer_group(request: Request, rollout: Callable[[GroupRequest], Await
     return json_response(result.to_json())
 
 
-async def read_body(request: Request) -> tuple[str, bytes]:
-    """Content type and bytes. A type that a web page may send without being asked is refused."""
+async def read_body(request: Request, most: int | None = None) -> tuple[str, bytes]:
+    """Content type and bytes, at most `most` (MAX_BODY_BYTES). A type that a web page may send without being asked is refused."""
+    most = MAX_BODY_BYTES if most is None else most
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind not in (CONTENT_TYPE, _JSON):
         raise UnsupportedBody(f"the content type must be {_JSON} or {CONTENT_TYPE}, got {kind or 'none'}")
     parts, size = [], 0
     async for chunk in request.stream():
         size += len(chunk)
-        if size > MAX_BODY_BYTES:
-            raise BodyTooLarge(f"a request may have {MAX_BODY_BYTES} bytes, this one has more")
+        if size > most:
+            raise BodyTooLarge(f"a request to {request.url.path} may have {most} bytes, this one has more")
         parts.append(chunk)
     return kind, b"".join(parts)
 

@@ -11,10 +11,11 @@ cancelled for nothing.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rlx.errors import DeadlineExceeded, RlxError, ServiceUnavailable
 from rlx.rollout.candidates import Candidates
@@ -58,6 +59,7 @@ class _Waiter:
     completions: int
     tokens: int
     place: asyncio.Future[tuple[Member, ExitStack]]
+    since: float = field(default_factory=time.monotonic)
 
 
 class Router:
@@ -74,6 +76,11 @@ class Router:
     def waiting(self) -> int:
         """How many wait for room."""
         return len(self._queue)
+
+    @property
+    def oldest_s(self) -> float:
+        """How long the first in the queue has waited."""
+        return time.monotonic() - self._queue[0].since if self._queue else 0.0
 
     def limit(self, member: Member) -> Limit:
         return self._limits.setdefault(member.name, Limit())

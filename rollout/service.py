@@ -27,8 +27,10 @@ from rlx.rollout.deadline import deadline
 from rlx.rollout.fleet import Fleet, Member
 from rlx.rollout.group_runner import EPISODES, REWARDS, GroupRunner
 from rlx.rollout.groups import GroupStore, check_request, check_session
+from rlx.rollout.observations import NoStore, Observations
 from rlx.rollout.router import Router
 from rlx.rollout.single_calls import SingleCalls
+from rlx.rollout.statistics import GroupStatistics
 from rlx.rollout.supervisor import Supervisor
 from rlx.rollout.weight_updates import WeightUpdates
 from rlx.rollout.weights_store import remove_leftovers
@@ -81,7 +83,8 @@ class RolloutService:
         self._max_model_len, self._make_worker = max_model_len, make_worker
         self._leaving: set[asyncio.Task[None]] = set()
         self._scorer, self._episodes, self._settings = scorer, episodes, settings
-        self._groups = GroupStore(KEPT_GROUPS, KEPT_BYTES)
+        self.groups = GroupStore(KEPT_GROUPS, KEPT_BYTES)
+        self.observations = Observations(self.fleet.events, NoStore())
         self._state, self._cause = "loading", ""
         self._born, self._start_timeout_s = time.monotonic(), start_timeout_s
         self._parts: dict[str, Callable[[], Awaitable[None]]] = {
@@ -124,9 +127,9 @@ class RolloutService:
         """Refuse new rollouts, give the running ones `timeout_s` seconds, cancel what is left, close every part."""
         if self._state != "failed":
             self._state = "stopping"
-        if running := self._groups.running():
+        if running := self.groups.running():
             await asyncio.wait(running, timeout=timeout_s)
-        leftovers: list[asyncio.Task[Any]] = [*self._groups.running(), *self._leaving]
+        leftovers: list[asyncio.Task[Any]] = [*self.groups.running(), *self._leaving]
         for task in leftovers:
             task.cancel()
         await asyncio.gather(*leftovers, return_exceptions=True)
@@ -203,7 +206,7 @@ class RolloutService:
         if session != self._session:
             self.weights.discard()
         self._session = session
-        replaced = self._groups.begin_session(session)
+        replaced = self.groups.begin_session(session)
         return {"instance": self.instance, "weight_version": self.fleet.weight_version, "replaced": replaced}
 
     def check_session(self, session: str | None) -> None:
@@ -221,7 +224,7 @@ class RolloutService:
     async def rollout(self, request: GroupRequest) -> GroupResult:
         """The scored group of `request`; the same key again gives the same result, or joins the running one."""
         self._check(request)
-        return await self._groups.get(request, partial(self._runner.run_on, self.router.assign))
+        return await self.groups.get(request, partial(self._runner.run_on, self.router.assign))
 
     async def on_worker(self, request: GroupRequest, work: Callable[[Member], Awaitable[GroupResult]]) -> GroupResult:
         """What `work` makes of the group on a worker of the router's choice; otherwise a group as any other: with its
@@ -236,11 +239,11 @@ class RolloutService:
             ):
                 return await work(member)
 
-        return await self._groups.get(request, run)
+        return await self.groups.get(request, run)
 
     def cancel(self, keys: Iterable[str]) -> list[str]:
         """Stop the running groups among `keys` and name them; who waits for one gets GroupCancelled."""
-        return self._groups.cancel(keys)
+        return self.groups.cancel(keys)
 
     def _check(self, request: GroupRequest) -> None:
         check_request(request)
@@ -250,6 +253,11 @@ class RolloutService:
                 f"the context of {self._max_model_len}; shorten it, or raise vllm.max_model_len"
             )
         self.check_serving()
+
+    @property
+    def statistics(self) -> GroupStatistics:
+        """Of the groups that were scored."""
+        return self._runner.statistics
 
     # --- the workers themselves -----------------------------------------------------------------------------------
 

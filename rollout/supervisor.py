@@ -79,12 +79,12 @@ class Supervisor:
                     member.changed.clear()
                     await member.changed.wait()
         except TimeoutError:
-            self._fleet.on_event(f"{name}: leaves with {member.in_flight} completions unfinished")
+            self._fleet.tell("worker_removed", name, f"leaves with {member.in_flight} completions unfinished")
         try:
             await answer_of(name, CLOSE_TIMEOUT_S, member.worker.close(), "did not close")
         finally:
             self._fleet.drop(name)
-            self._fleet.on_event(f"{name}: left")
+            self._fleet.tell("worker_removed", name, "left")
 
     # --- the loop of one worker -----------------------------------------------------------------------------------
 
@@ -95,7 +95,9 @@ class Supervisor:
 
     def _ended(self, member: Member, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()):
-            self._fleet.on_event(f"{member.name}: nobody looks after it any more: {type(error).__name__}: {error}")
+            self._fleet.tell(
+                "worker_down", member.name, f"nobody looks after it any more: {type(error).__name__}: {error}"
+            )
 
     async def _mind(self, member: Member) -> None:
         while member.state not in ("draining", "gone"):
@@ -118,12 +120,12 @@ class Supervisor:
             if done and member.last_cause != member.cause:
                 member.cause += f"; restarted {done} times, the last time: {member.last_cause}"
             self._fleet.move(member, "give_up")
-            self._fleet.on_event(f"{member.name}: given up after {done} restarts: {member.cause}")
+            self._fleet.tell("worker_down", member.name, f"given up after {done} restarts: {member.cause}")
             return
         if done:
             await asyncio.sleep(min(self._settings.probe_interval * 2 ** (done - 1), MAX_PAUSE_S))
         self._fleet.move(member, "restart")
-        self._fleet.on_event(f"{member.name}: restarting, {done + 1} of {most}")
+        self._fleet.tell("worker_restarted", member.name, f"restarting, {done + 1} of {most}")
         await self._bring(member)
 
     async def _bring(self, member: Member) -> None:
@@ -156,7 +158,7 @@ class Supervisor:
             )
         else:
             far = "" if found is None else f", log p is off by {found:.2g} nats in the mean"
-            self._fleet.on_event(f"{member.name}: ready with weights {member.weight_version}{far}")
+            self._fleet.tell("worker_started", member.name, f"ready with weights {member.weight_version}{far}")
 
     # --- is it alive? ---------------------------------------------------------------------------------------------
 

@@ -74,6 +74,11 @@ class WeightUpdates:
         self._current: WeightFile | None = None
         self._last: UpdateTimes | None = None
 
+    @property
+    def last(self) -> UpdateTimes | None:
+        """Of the last committed update."""
+        return self._last
+
     # --- the learner's calls --------------------------------------------------------------------------------------
 
     async def announce(self, manifest: WeightManifest) -> None:
