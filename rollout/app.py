@@ -4,7 +4,8 @@
     control plane   POST /v1/session, /v1/rollouts/cancel, /v1/logprobs; POST and DELETE /v1/workers;
                     POST /v1/weights/announce, PUT /v1/weights/{version}, POST /v1/weights/{version}/commit;
                     POST /v1/observations: with the bearer token, always
-    for people      GET /metrics: as the data plane
+    for people      GET /metrics; GET / and /view/...: the run's page (`rlx.view`). All but the page itself need the
+                    token where the data plane does, and a loopback name in the URL where not
     GET /health     never needs one
 
 A request that names its session (header `rlx-session`) is refused when another one took over, or when this process was
@@ -24,6 +25,7 @@ from fastapi.responses import StreamingResponse
 from rlx.rollout.http_bodies import (
     answer_errors,
     answer_group,
+    by_loopback_name,
     field,
     json_object,
     json_response,
@@ -35,6 +37,7 @@ from rlx.rollout.http_bodies import (
 from rlx.rollout.metrics import exposition
 from rlx.rollout.observations import MAX_OBSERVATIONS_BYTES
 from rlx.rollout.service import RolloutService
+from rlx.view.app import view_router
 from rlx.wire import CONTENT_TYPE, WeightManifest, WireError, decode_frame, encode_frame
 
 
@@ -47,7 +50,9 @@ def create_app(service: RolloutService, token: str | None, require_token_for_dat
     )
     app.include_router(_data_plane(service), dependencies=guarded if require_token_for_data else [])
     app.include_router(_control_plane(service), dependencies=guarded)
-    app.include_router(_metrics(service), dependencies=guarded if require_token_for_data else [])
+    reader = with_token(token) if require_token_for_data else by_loopback_name
+    app.include_router(_metrics(service), dependencies=[Depends(reader)])
+    app.include_router(view_router([service.observations.store], authorize=reader))
     app.add_api_route("/health", _health(service), methods=["GET"])
     answer_errors(app)
     return app

@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from rlx.errors import RlxError, ServiceUnavailable
-from rlx.rollout.auth import check_bearer
+from rlx.rollout.auth import Unauthorized, check_bearer
 from rlx.rollout.http_errors import SESSION_HEADER, BodyTooLarge, UnsupportedBody, error_body, status_of
 from rlx.wire import CONTENT_TYPE, GroupRequest, GroupResult, WireError
 
@@ -31,6 +31,14 @@ def with_token(token: str | None) -> Callable[[Request], Awaitable[None]]:
         check_bearer(request.headers.get("authorization"), token)
 
     return check
+
+
+async def by_loopback_name(request: Request) -> None:
+    """A dependency for what people read without a token: refuses a web page that leads its own name to this machine."""
+    if request.url.hostname not in ("127.0.0.1", "localhost", "::1"):
+        raise Unauthorized(
+            f"this page is read by a loopback name, as http://127.0.0.1, not {request.url.hostname!r:.100}"
+        )
 
 
 def of_session(check: Callable[[str | None], None]) -> Callable[[Request], Awaitable[None]]:

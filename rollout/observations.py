@@ -9,37 +9,24 @@ Everything is bounded and in memory: the files in `output_dir` are the truth.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from rlx.rollout.events import ServiceEvents
 from rlx.series import EVAL_REWARD, Reading, learner_readings
+from rlx.view.live import LiveRun
 from rlx.wire import WireError
 
 MAX_OBSERVATIONS_BYTES = 8 * 2**20
 _RECORDS = ("metrics", "samples", "evaluations", "events")
 
 
-class Store(Protocol):
-    """Keeps the records for the run's page: `rlx.view.LiveRun`."""
-
-    def add(self, body: Mapping[str, Any]) -> None:
-        """`{"run": {...}?, "metrics": [...], "samples": [...], "evaluations": [...], "events": [...]}`"""
-
-
-class NoStore:
-    """A service without a page."""
-
-    def add(self, body: Mapping[str, Any]) -> None:
-        pass
-
-
 class Observations:
-    """`events`: of the service."""
+    """`events`: of the service. `store` keeps the records for the page."""
 
-    def __init__(self, events: ServiceEvents, store: Store):
+    def __init__(self, events: ServiceEvents, store: LiveRun):
         self.store = store
         self._events = events
-        self._run: dict[str, Any] = {}
+        self._output_dir: Any = None
         self._metrics: dict[str, Any] = {}
         self._evaluation: dict[str, Any] = {}
         events.on_event = lambda event: store.add({"events": [event]})
@@ -52,8 +39,8 @@ class Observations:
         """
         after = _check(body)
         new = self._events.after(after)
-        if (run := body.get("run")) and run != self._run:
-            self._run, self._metrics, self._evaluation = dict(run), {}, {}
+        if (run := body.get("run")) and run.get("output_dir") != self._output_dir:
+            self._output_dir, self._metrics, self._evaluation = run.get("output_dir"), {}, {}
         for record in body.get("metrics", ()):
             self._metrics = record
         for record in body.get("evaluations", ()):

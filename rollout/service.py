@@ -27,7 +27,7 @@ from rlx.rollout.deadline import deadline
 from rlx.rollout.fleet import Fleet, Member
 from rlx.rollout.group_runner import EPISODES, REWARDS, GroupRunner
 from rlx.rollout.groups import GroupStore, check_request, check_session
-from rlx.rollout.observations import NoStore, Observations
+from rlx.rollout.observations import Observations
 from rlx.rollout.router import Router
 from rlx.rollout.single_calls import SingleCalls
 from rlx.rollout.statistics import GroupStatistics
@@ -35,6 +35,7 @@ from rlx.rollout.supervisor import Supervisor
 from rlx.rollout.weight_updates import WeightUpdates
 from rlx.rollout.weights_store import remove_leftovers
 from rlx.rollout.worker import Episodes, Scorer, Worker, WorkerStatus
+from rlx.view.live import LiveRun
 from rlx.wire import GroupRequest, GroupResult, WireError
 
 KEPT_GROUPS, KEPT_BYTES = 4096, 2**30
@@ -84,7 +85,8 @@ class RolloutService:
         self._leaving: set[asyncio.Task[None]] = set()
         self._scorer, self._episodes, self._settings = scorer, episodes, settings
         self.groups = GroupStore(KEPT_GROUPS, KEPT_BYTES)
-        self.observations = Observations(self.fleet.events, NoStore())
+        page = LiveRun(base_model=model, workers=lambda: [asdict(status) for status in self.workers()])
+        self.observations = Observations(self.fleet.events, page)
         self._state, self._cause = "loading", ""
         self._born, self._start_timeout_s = time.monotonic(), start_timeout_s
         self._parts: dict[str, Callable[[], Awaitable[None]]] = {
@@ -263,8 +265,8 @@ class RolloutService:
 
     def workers(self) -> list[WorkerStatus]:
         return [
-            replace(status, restarts=member.restarts, limit=self.router.limit(member).sequences)
-            for status, member in zip(self.fleet.statuses(), self.fleet.members, strict=True)
+            replace(self.fleet.status(member), restarts=member.restarts, limit=self.router.limit(member).sequences)
+            for member in list(self.fleet.members)  # the page asks from another thread
         ]
 
     def add_workers(self, count: int) -> list[str]:

@@ -137,12 +137,14 @@ async def test_only_the_newest_thousand_events_are_kept():
 async def test_the_newest_record_stands_and_another_run_forgets_it():
     async with running() as (_, client):
         await tell(
-            client, run={"name": "a"}, metrics=[{"step": 1, "reward": 0.25}, {"step": 2, "reward": 0.5, "kl": None}]
+            client,
+            run={"output_dir": "a"},
+            metrics=[{"step": 1, "reward": 0.25}, {"step": 2, "reward": 0.5, "kl": None}],
         )
         first = await scrape(client)
-        await tell(client, run={"name": "a"}, metrics=[])
+        await tell(client, run={"output_dir": "a"}, metrics=[])
         same = await scrape(client)
-        await tell(client, run={"name": "b"})
+        await tell(client, run={"output_dir": "b"})
         other = await scrape(client)
     assert (first["rlx_learner_step",], first["rlx_learner_reward",]) == (2, 0.5)
     assert ("rlx_learner_kl_nats",) not in first
@@ -199,3 +201,36 @@ async def test_a_worker_costs_eleven_series():
         async with running(*[LocalWorker(f"worker-{i}") for i in range(number)]) as (_, client):
             counts.append(len(await scrape(client)))
     assert (counts[1] - counts[0]) / 2 == sum(series.per_worker for series in CATALOGUE) == 11
+
+
+async def test_the_page_shows_the_learners_records_and_the_workers():
+    async with running() as (service, client):
+        await tell(client, run={"name": "a", "output_dir": "a"}, metrics=[{"step": 1, "reward": 0.25}])
+        service.fleet.tell("worker_down", "worker-0", "down: for the test")
+        told = await tell(client)
+        await tell(client, events=[*told["events"], {"source": "learner", "kind": "resumed", "text": "resumed"}])
+        state = (await client.get("/view/state")).json()
+        page = await client.get("/")
+    assert page.status_code == 200
+    assert page.headers["content-type"].startswith("text/html")
+    assert [event["text"] for event in state["events"]["records"]] == [
+        "worker-0: down: for the test",
+        "resumed",
+    ]
+    assert state["run"]["step"] == 1
+    assert [worker["name"] for worker in state["workers"]] == ["worker-0"]
+
+
+@pytest.mark.parametrize("path", ["/view/state", "/metrics"])
+async def test_a_web_page_that_leads_its_own_name_to_this_machine_reads_nothing(path):
+    async with running() as (_, client):
+        answer = await client.get(path, headers={"host": "evil.example"})
+    assert answer.status_code == 401
+
+
+async def test_the_pages_data_needs_the_token_where_the_data_plane_does_and_the_page_asks_for_it():
+    async with running(require_token_for_data=True) as (_, client):
+        page = await client.get("/", headers={"authorization": ""})
+        data = await client.get("/view/state", headers={"authorization": ""})
+        allowed = await client.get("/view/state", headers={"host": "gpu-node"})
+    assert [page.status_code, data.status_code, allowed.status_code] == [200, 401, 200]
