@@ -1,7 +1,8 @@
-"""The commands that look at a run: samples. They need no service and no GPU."""
+"""The commands that look at a run: samples, view. They need no service and no GPU."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +14,7 @@ from rlx.cli_parts import guarded
 def add_to(app: typer.Typer) -> None:
     """Register the commands of this module."""
     app.command()(samples)
+    app.command()(view)
 
 
 def samples(
@@ -42,3 +44,17 @@ def samples(
         return samples_main(out, query, as_json, full)
 
     raise typer.Exit(guarded(show))
+
+
+def view(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The output_dir of a run.")],
+    other: Annotated[Path | None, typer.Argument(metavar="OUT2", help="Another run, to compare it with.")] = None,
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Where to listen; default: a free port.")] = 0,
+    no_browser: Annotated[bool, typer.Option("--no-browser", help="Only print the address.")] = False,
+) -> None:
+    """The page of a run, for a browser on this machine: curves, step times, workers, samples, events. Goes on while the
+    run writes; Ctrl-C ends it."""
+    from rlx.view.serve import view_main
+
+    folders = [out] if other is None else [out, other]
+    raise typer.Exit(guarded(lambda: view_main(folders, port, sys.stdout.isatty() and not no_browser)))

@@ -13,12 +13,17 @@ import json
 import math
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from importlib.resources import files
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
-from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request, Response
+from pydantic import ValidationError
+from starlette.middleware.gzip import GZipMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from rlx.view.choose import Samples
+from rlx.errors import RlxError
+from rlx.samples import parse_steps
+from rlx.view.choose import Order, Samples, Wanted, choose
+from rlx.view.detail import detail, tokens
 from rlx.view.state import Seen
 
 _POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -28,6 +33,7 @@ _HEADERS = {
     "referrer-policy": "no-referrer",
     "cache-control": "no-store",
 }
+_CHARS = 8_000
 _TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
 
 
@@ -49,6 +55,7 @@ def view_app(runs: Sequence[Run]) -> FastAPI:
     """For `rlx view`: answers only who calls it by a loopback name, so that no other web page can read it."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.include_router(view_router(runs))
+    app.add_middleware(GZipMiddleware, minimum_size=10_000, compresslevel=4)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]"])
     return app
 
@@ -75,6 +82,37 @@ def view_router(runs: Sequence[Run], authorize: Callable[[Request], Awaitable[No
     def state(run: int = 0, generation: str = "", metrics: int = 0, evaluations: int = 0, events: int = 0) -> Response:
         return _json(_run(runs, run).since(Seen(generation, metrics, evaluations, events)))
 
+    @guarded.get("/samples")
+    def samples(
+        run: int = 0,
+        step: str = "",
+        status: str = "",
+        group: str = "",
+        low: float | None = None,
+        high: float | None = None,
+        text: str = "",
+        order: Order = "newest",
+        after: int | None = None,
+        limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    ) -> Response:
+        try:
+            steps = parse_steps(step) if step else None
+        except RlxError as error:
+            raise HTTPException(400, str(error).replace("--step ", "")) from error
+        wanted = Wanted(steps, status or None, group or None, low, high, text, order, after, limit)
+        return _json(choose(_run(runs, run).samples, wanted))
+
+    @guarded.get("/sample")
+    def sample(id: int, run: int = 0, chars: Annotated[int, Query(ge=1)] = _CHARS) -> Response:
+        try:
+            return _json(detail(id, _record(runs, run, id), chars))
+        except ValidationError as error:
+            raise HTTPException(422, "this record is no sample that can be shown") from error
+
+    @guarded.get("/tokens")
+    def token_range(id: int, run: int = 0, row: int = 0, start: Annotated[int, Query(ge=0)] = 0) -> Response:
+        return _json(tokens(_record(runs, run, id), row, start, _run(runs, run).tokenizer_places()))
+
     router.include_router(guarded)
     return router
 
@@ -83,6 +121,13 @@ def _run(runs: Sequence[Run], number: int) -> Run:
     if not 0 <= number < len(runs):
         raise HTTPException(404, "there is no such run")
     return runs[number]
+
+
+def _record(runs: Sequence[Run], run: int, place: int) -> dict[str, Any]:
+    record = _run(runs, run).samples.record(place)
+    if record is None:
+        raise HTTPException(404, "this sample is not there any more")
+    return record
 
 
 def _static(parts: dict[str, bytes], name: str) -> Response:

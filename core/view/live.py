@@ -95,8 +95,10 @@ class LiveRun(Samples):
         self._generation = uuid.uuid4().hex
         self._curves = Curves(self._max_metrics)
         self._evaluations: list[dict[str, Any]] = []
-        self._num_events = 0
+        events = [event for event in self._events if event.get("source") == "service"]  # the service is the same
+        self._num_events = len(events)
         self._events.clear()
+        self._events.extend(events)
         self._kept.clear()
 
     def _go_back(self, step: float) -> None:
