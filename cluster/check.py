@@ -13,6 +13,7 @@ from rich.table import Table
 from rlx.cluster.layout import plan_layout, this_machine
 from rlx.config import Config, make_plan
 from rlx.config.plan import count_parameters, estimate_memory
+from rlx.config.trackers import check_trackers
 from rlx.errors import ConfigError, DatasetError, ModelError, RlxError, UserCodeError
 
 _IMPORT_S = 30.0
@@ -36,6 +37,7 @@ def check_main(config: Config, num_processes: int) -> int:
     found.lines.append(f"devices: {layout.describe()}")
     row, tokenizer = _check_data(config, found)
     _check_adapter(config, found)
+    _check_trackers(config, found)
     _check_rewards(config, row, found)
     if config.has_episodes:
         _check_episodes(config, tokenizer, found)
@@ -105,6 +107,16 @@ def _check_adapter(config: Config, found: _Findings) -> None:
     try:
         check_folder(config)
         found.lines.append(f"adapter: {config.lora_model_dir or f'new, rank {config.lora_r}'}")
+    except ConfigError as error:
+        found.errors.append(error)
+
+
+def _check_trackers(config: Config, found: _Findings) -> None:
+    if not config.trackers:
+        return
+    try:
+        check_trackers(config, config.path)
+        found.lines.append(f"trackers: {', '.join(config.trackers)}")
     except ConfigError as error:
         found.errors.append(error)
 

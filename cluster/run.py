@@ -23,6 +23,7 @@ from typing import Any
 from rlx.cluster.layout import plan_layout, this_machine
 from rlx.cluster.progress import EVENT, WARNING, say
 from rlx.config import Config
+from rlx.config.trackers import check_trackers
 from rlx.errors import DeadlineExceeded
 from rlx.processes import die_with_parent, kill_tree, stop_process
 
@@ -35,6 +36,7 @@ _SERVICE_GRACE_S = 60.0
 
 def run_main(config: Config, overrides: list[str], num_processes: int, *, program: Sequence[str] = RLX) -> int:
     """Train to the end. The exit status is that of the part that failed first, 0 when none did."""
+    check_trackers(config, config.path)
     say_when_ready = f"starting the learner: {num_processes} process{'es' if num_processes > 1 else ''}"
     learner = ("train", str(config.path), "--num-processes", str(num_processes))
     environment = dict(os.environ)

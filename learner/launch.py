@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import Protocol
 
 from rlx.config import Config, make_plan
+from rlx.config.trackers import check_trackers
 from rlx.hub import check_in_reach
 
 
@@ -33,6 +34,7 @@ def train_main(config: Config, overrides: list[str], num_processes: int) -> int:
     """Run `num_processes` of `rlx.learner.main` to the end; the exit code of the first that failed, else 0."""
     # What can be wrong without loading anything belongs here: said once, before anything is started.
     make_plan(config, num_processes)
+    check_trackers(config, config.path)
     check_in_reach(config, "base_model")
     threads = max(1, (os.cpu_count() or 1) // num_processes)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))

@@ -33,6 +33,7 @@ from rlx.learner.report import RunFiles, evaluation_table, print_samples
 from rlx.learner.rollouts import Rollouts, connect, longest_step_s
 from rlx.learner.run_record import write_run_record
 from rlx.learner.stream import Fetched, RolloutStream, StepBatch
+from rlx.learner.trackers import Trackers
 from rlx.learner.trainer import GRPOTrainer, StepClock, training_arguments
 from rlx.processes import die_with_parent
 from rlx.tokenizer import load_tokenizer
@@ -80,7 +81,7 @@ def train(config: Config, num_processes: int) -> None:
 
     codec = Codec(config, plan, tokenizer, train_set.prompts)
     rollouts: Rollouts | Replay | None = None
-    files, progress, notes = None, None, FailureNotes(console)
+    files, progress, notes, trackers = None, None, FailureNotes(console), None
     if is_first:
         if client is None:
             rollouts = Replay(config, plan, codec, total_steps, resume)
@@ -90,6 +91,8 @@ def train(config: Config, num_processes: int) -> None:
         files = RunFiles(Path(config.output_dir), resume.step if resume else 0)
         write_run_record(files.output_dir, config, total_steps, num_processes, resume.step if resume else None)
         progress = ProgressReport(console, files)
+        trackers = Trackers(config, resume.step if resume else None, console)
+        files.listeners.append(trackers.record)
         if client is not None:
             recorder = (
                 Recorder(files.output_dir, codec, resume.step if resume else 0) if config.record_rollouts else None
@@ -140,10 +143,11 @@ def train(config: Config, num_processes: int) -> None:
     trainer = GRPOTrainer(
         config, ranks, arguments, model, reference, tokenizer, make_stream,
         feed_state=lambda: rollouts.state() if rollouts else {}, save_open_batch=save_open_batch,
-        callbacks=[clock, *([progress] if progress else [])],
+        callbacks=[clock, *([trackers] if trackers else []), *([progress] if progress else [])],
     )  # fmt: skip
     trainer.remove_callback(transformers.PrinterCallback)
     clock.trainer = trainer
+    failed = True
     try:
         if rollouts is not None:
             rollouts.start()
@@ -155,9 +159,12 @@ def train(config: Config, num_processes: int) -> None:
             return []
 
         ranks.from_first(finish)
+        failed = False
     finally:
         if progress is not None:
             progress.stop()
+        if trackers is not None:
+            trackers.close(failed)
         if rollouts is not None:
             rollouts.close()
 

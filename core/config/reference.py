@@ -28,6 +28,7 @@ from rlx.config.sections import (
     TrlSection,
     VllmSection,
 )
+from rlx.config.trackers import TrackerKeys
 
 _SECTIONS: list[tuple[str, type[BaseModel]]] = [
     ("trl", TrlSection),
@@ -60,11 +61,16 @@ def render() -> str:
         "## Top level\n",
         _table(
             Config,
-            skip={name.split("[")[0] for name, _ in _SECTIONS} - {"datasets", "envs"} | set(LoraKeys.model_fields),
+            skip={name.split("[")[0] for name, _ in _SECTIONS} - {"datasets", "envs"}
+            | set(LoraKeys.model_fields)
+            | set(TrackerKeys.model_fields),
         ),
         "\n## Top level: adapters\n",
         "Training of an adapter instead of the whole model ([guide](guides/lora.md)).\n",
         _table(LoraKeys, skip=set()),
+        "\n## Top level: trackers\n",
+        "Where metrics and completions go besides output_dir ([guide](guides/monitoring.md)).\n",
+        _table(TrackerKeys, skip=set()),
     ]
     for name, model in _SECTIONS:
         first_line = (model.__doc__ or "").strip().splitlines()[0]

@@ -24,7 +24,7 @@ def _refuse(keys: str, why: str, instead: str, harmless: tuple[Any, ...] = _OFF)
 
 
 _REMOVE = "Remove the key."
-_TRACKERS = "Remove the key; the run writes metrics.jsonl, samples.jsonl and a learning curve to output_dir."
+_TRACKERS = "Write `wandb_project: NAME`, `mlflow_experiment_name: NAME`, `use_tensorboard: true` or `use_trackio: true`, or nothing."
 _NOT_QUANTISED = "Remove the key; `adapter: lora` keeps the base model unquantised."
 
 REFUSED: dict[str, Refusal] = {
@@ -38,10 +38,9 @@ REFUSED: dict[str, Refusal] = {
     **_refuse("deepspeed fsdp fsdp_config fsdp_version", "the learner's processes hold the whole model each (DDP)", _REMOVE, (None, False, [], "", {})),
     **_refuse("use_ray ray_num_workers ray_run_name resources_per_worker", "the learner does not run inside Ray; the rollout service always does",
               "Remove the key; `rlx train CFG --num-processes N` starts the learner's processes."),
-    **_refuse("wandb_project wandb_entity wandb_name wandb_run_id wandb_watch wandb_log_model wandb_mode use_wandb mlflow_tracking_uri "
-              "mlflow_experiment_name mlflow_run_name hf_mlflow_log_artifacts use_mlflow use_tensorboard use_trackio trackio_project_name trackio_run_name "
-              "trackio_space_id use_comet comet_api_key comet_project_name swanlab_project use_swanlab report_to", "experiment trackers are not supported", _TRACKERS,
-              (None, False, "", [], "none")),
+    **_refuse("use_comet comet_api_key comet_project_name comet_workspace comet_experiment_key comet_mode comet_online comet_experiment_config "
+              "swanlab_project use_swanlab", "rlx logs to wandb, mlflow, tensorboard and trackio", _TRACKERS, (None, False, "", [], {}, "none")),
+    **_refuse("report_to", "each tracker has a key of its own", _TRACKERS, (None, "", [], "none")),
     **_refuse("pad_to_sequence_len eval_sample_packing multipack_real_batches", "packed rows are as long as their sequences", _REMOVE),
     **_refuse("group_by_length train_on_inputs strict dataset_processes overrides_of_model_config xformers_attention flex_attention s2_attention",
               "it has no effect on GRPO", _REMOVE),

@@ -19,9 +19,10 @@ from rlx.config.sections import (
     TrlSection,
     VllmSection,
 )
+from rlx.config.trackers import TrackerKeys
 
 
-class Config(LoraKeys):
+class Config(LoraKeys, TrackerKeys):
     """Everything that one run needs; both commands read the same file."""
 
     # model
