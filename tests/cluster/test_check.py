@@ -75,6 +75,7 @@ def test_no_reward_is_an_error(tmp_path, model):
         check_main(empty, 1)
 
 
+@pytest.mark.slow
 def test_the_gsm8k_example_is_checked_as_far_as_the_network_allows():
     command = [sys.executable, "-m", "rlx.cli", "check", str(ROOT / "examples" / "gsm8k" / "gsm8k.yaml"), "-n", "2"]
     result = subprocess.run(

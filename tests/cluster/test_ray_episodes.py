@@ -25,6 +25,8 @@ from rlx.errors import ServiceUnavailable, UserCodeError
 from rlx.processes import alive, descendants
 from rlx.wire import GroupRequest, Sampling
 
+pytestmark = pytest.mark.slow
+
 FUNCTIONS = """
 import asyncio, os, re, time
 
@@ -131,7 +133,6 @@ async def test_episodes_run_beside_each_other_in_a_process_of_their_own(tmp_path
     await gone(pid, start)
 
 
-@pytest.mark.slow
 async def test_a_function_that_blocks_is_named_with_its_line_and_the_process_replaced(
     tmp_path: Path, runtime: RayRuntime, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -149,7 +150,6 @@ async def test_a_function_that_blocks_is_named_with_its_line_and_the_process_rep
     assert any(f"attempt 1: {cause}" in caplog.text for cause in causes)
 
 
-@pytest.mark.slow
 async def test_a_call_in_c_that_keeps_the_lock_of_python_ends_its_process_and_is_named_in_the_log(
     tmp_path: Path, runtime: RayRuntime
 ) -> None:
@@ -177,7 +177,6 @@ async def test_what_ends_a_program_ends_one_episode(tmp_path: Path, runtime: Ray
         assert episodes.pids == [pid]
 
 
-@pytest.mark.slow
 async def test_a_function_that_ends_its_process_is_tried_again_and_then_aborted(
     tmp_path: Path, runtime: RayRuntime
 ) -> None:
@@ -191,7 +190,6 @@ async def test_a_function_that_ends_its_process_is_tried_again_and_then_aborted(
         assert "died" in always[0].error
 
 
-@pytest.mark.slow
 async def test_a_thread_that_never_ends_times_out_and_its_process_goes(tmp_path: Path, runtime: RayRuntime) -> None:
     config = make_config(tmp_path, "never_ends", timeout=1.5, failure_budget=1.0)
     async with running(config, runtime) as (episodes, worker):

@@ -20,7 +20,7 @@ from rlx.errors import UserCodeError
 from rlx.processes import descendants, start_of
 from rlx.wire import GroupRequest, RewardOutcome, Sampling
 
-pytestmark = [pytest.mark.usefixtures("runtime"), pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("runtime"), pytest.mark.asyncio(loop_scope="module")]
 SECONDS = 20.0
 """For what takes a moment on an idle machine."""
 WITHOUT_WATCHDOG_S = 1.0

@@ -16,6 +16,8 @@ from rlx.errors import ModelError, ServiceError, ServiceUnavailable
 from rlx.rollout.manifest import fingerprint
 from rlx.wire import Sampling, WeightManifest
 
+pytestmark = pytest.mark.slow
+
 PROMPT = np.array([1, 2], np.int32)
 
 

@@ -19,6 +19,8 @@ from rlx.errors import ServiceUnavailable
 from rlx.processes import start_of
 from rlx.wire import Sampling
 
+pytestmark = pytest.mark.slow
+
 PROMPT = np.array([1, 2], np.int32)
 NODE_DEATH_S = 60.0
 
@@ -50,7 +52,6 @@ async def test_a_killed_worker_starts_again_after_all_that_it_left_and_goes_on_i
         await worker.close()
 
 
-@pytest.mark.slow
 async def test_a_worker_whose_node_died_says_what_it_waits_for_and_goes_on_when_a_node_joins(
     cluster: Cluster, runtime: RayRuntime, tmp_path: Path
 ):

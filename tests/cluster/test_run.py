@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from fakes import write_config
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = f"(sys.executable, '-u', {str(Path(__file__).with_name('fake_rlx.py'))!r})"
 CODE = (
     "import sys\nfrom rlx.cluster.run import run_main\nfrom rlx.config import load_config\n"

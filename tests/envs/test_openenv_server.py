@@ -25,6 +25,8 @@ from rlx.envs.openenv_server import EnvServers
 from rlx.errors import ServiceUnavailable
 from rlx.processes import alive, descendants, is_free
 
+pytestmark = pytest.mark.slow
+
 
 def config_of(folder: Path, *commands: Any, **settings: Any) -> Config:
     sections = [{"start_timeout": 30, "reset_timeout": 5, "command": command, **settings} for command in commands]

@@ -164,6 +164,7 @@ def _raw(model: nn.Module, ids: tuple[int, ...]) -> np.ndarray:
     return table.gather(1, torch.tensor(ids)[1:, None])[:, 0].numpy()
 
 
+@pytest.mark.slow
 def test_a_run_trains_only_the_adapter_and_the_workers_get_it_merged(tmp_path: Path) -> None:
     """The KL is 0 at the first step, and then what the difference to the base model is."""
     path = write_run(tmp_path, max_steps=3, trl={"beta": 0.1}, save_steps=3, gradient_checkpointing=True, **LORA)
@@ -209,6 +210,7 @@ def test_two_processes_train_to_the_same_adapter_as_one(tmp_path: Path) -> None:
     assert kls[1] == pytest.approx(kls[0], rel=1e-3, abs=1e-7)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path) -> None:
     path = write_run(tmp_path, save_steps=2, test_datasets=None, trl={"beta": 0.1}, peft_use_dora=True, **LORA)
     with serve() as served:
@@ -247,6 +249,7 @@ def test_a_checkpoint_of_another_kind_of_training_is_refused_before_anything_sta
             train(config_for(path, served, resume_from_checkpoint=str(start)), 1)
 
 
+@pytest.mark.slow
 def test_an_adapter_in_a_folder_is_gone_on_from_and_can_be_the_reference(tmp_path: Path) -> None:
     """`rl_adapter_ref_model`: the KL to that adapter is 0 at the first step, the KL to the base model is not."""
     config = config_of(tmp_path)

@@ -16,6 +16,8 @@ from rlx.learner.entropy import EntropyBonus, high_entropy
 from rlx.learner.main import train
 from rlx.learner.ranks import Ranks
 
+pytestmark = pytest.mark.slow
+
 TERMS = {"top_entropy_quantile": 0.37, "entropy_coef": 0.2, "beta": 0.1}
 
 
@@ -61,7 +63,6 @@ def test_micro_batches_of_eight_and_of_two_train_to_the_same_parameters(tmp_path
         assert (without - whole).abs().max() > 1e-4, term
 
 
-@pytest.mark.slow
 def test_two_processes_choose_the_same_tokens_as_one(tmp_path: Path) -> None:
     adaptive = {"use_adaptive_entropy": True, "entropy_target": 10.0, "entropy_coef_delta": 0.1}
     path = write_run(tmp_path, max_steps=3, trl=TERMS | adaptive, test_datasets=None)

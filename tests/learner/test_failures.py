@@ -15,8 +15,9 @@ from learner_process import LIMIT_S, gone, run, start
 
 from rlx.processes import descendants
 
+pytestmark = pytest.mark.slow
 
-@pytest.mark.slow
+
 def test_a_model_that_no_process_can_load_is_told_once(tmp_path: Path) -> None:
     path = write_run(tmp_path)
     (tmp_path / "model" / "model.safetensors").unlink()
@@ -27,7 +28,6 @@ def test_a_model_that_no_process_can_load_is_told_once(tmp_path: Path) -> None:
     assert len(err.splitlines()) == 1
 
 
-@pytest.mark.slow
 def test_a_service_that_is_not_there_is_told_with_what_to_type(tmp_path: Path) -> None:
     path = write_run(tmp_path)
     with serve() as served:
@@ -41,7 +41,6 @@ def test_a_service_that_is_not_there_is_told_with_what_to_type(tmp_path: Path) -
     )
 
 
-@pytest.mark.slow
 def test_a_service_that_goes_away_in_the_run_ends_it_with_its_checkpoints_kept(tmp_path: Path) -> None:
     path = write_run(tmp_path, max_steps=100000, save_steps=1, save_total_limit=2, test_datasets=None)
     with serve() as served:
@@ -64,7 +63,6 @@ def test_a_service_that_goes_away_in_the_run_ends_it_with_its_checkpoints_kept(t
     assert complete
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_leaves_no_process_and_no_traceback(tmp_path: Path, number: signal.Signals) -> None:
     """SIGTERM goes to the command, Ctrl-C in a terminal to all its processes."""

@@ -21,6 +21,8 @@ from rlx.learner import rollouts
 from rlx.learner.main import train
 from rlx.learner.stream import Fetched
 
+pytestmark = pytest.mark.slow
+
 EPOCHS = {"max_steps": None, "num_epochs": 2, "samples_per_step": 100}
 """Ten prompts, two a step: ten steps."""
 
@@ -143,7 +145,6 @@ def test_a_service_that_is_started_anew_on_the_same_port_loses_and_doubles_nothi
     assert manifest.base_fingerprint is None, "it gets everything"
 
 
-@pytest.mark.slow
 def test_a_learner_that_is_killed_goes_on_and_the_service_needs_no_help(tmp_path: Path) -> None:
     keys = {"async_": {"max_staleness": 1}, "save_steps": 2, "test_datasets": None, **EPOCHS}
     path = write_run(tmp_path, **keys)

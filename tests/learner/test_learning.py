@@ -25,6 +25,8 @@ from rlx.learner import batching, stream
 from rlx.learner.main import train
 from rlx.wire import GroupRequest, Sampling
 
+pytestmark = pytest.mark.slow
+
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
 SEEDS = range(5)
 PAYS = dict(zip("abcdefghij", (0.1, 0.5, 0.2, 1.0, 0.0, 0.3, 0.6, 0.4, 0.1, 0.2), strict=True))
@@ -114,7 +116,7 @@ TASKS = {
         0.75,
     ),
 }
-NAMES = ["bandit", "length", pytest.param("arithmetic", marks=pytest.mark.slow)]
+NAMES = ["bandit", "length", "arithmetic"]
 
 
 def learned(task: Task, seed: int, folder: Path) -> float:

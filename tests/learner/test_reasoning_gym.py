@@ -107,6 +107,7 @@ SILENT = {"boxnet", "composite", "graph_color", "propositional_logic", "rubiks_c
 """Tasks without an answer of their own, or without a form of their own."""
 
 
+@pytest.mark.slow
 def test_every_task_gives_its_own_answer_the_full_score_after_the_way_through_json(tmp_path):
     tasks = sorted(set(reasoning_gym.factory.DATASETS) - SILENT)
     assert len(tasks) == 100

@@ -13,6 +13,8 @@ from torch import nn
 from rlx.learner.main import train
 from rlx.learner.reference import load_reference, mix_into, save_reference
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_reference_moves_by_its_share_of_the_way(tmp_path: Path) -> None:
     reference, policy = nn.Linear(2, 1, bias=False), nn.Linear(2, 1, bias=False)

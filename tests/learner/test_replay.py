@@ -23,6 +23,8 @@ from rlx.learner.main import train
 from rlx.learner.recording import OPEN_BATCH
 from rlx.processes import descendants
 
+pytestmark = pytest.mark.slow
+
 NOBODY = Served(ScriptedWorker(), port=1)
 """Where no service is"""
 EVERYTHING = {
@@ -90,7 +92,6 @@ def test_a_run_that_was_stopped_between_two_steps_on_one_batch_goes_on_to_the_sa
         again(path, tmp_path / "other", resume_from_checkpoint=str(checkpoint), trl__num_iterations=3)
 
 
-@pytest.mark.slow
 def test_each_part_of_a_checkpoint_counts(tmp_path: Path) -> None:
     """So the test above would notice if one of them were not restored."""
     path = recorded(tmp_path, max_steps=4)
@@ -109,7 +110,6 @@ def test_each_part_of_a_checkpoint_counts(tmp_path: Path) -> None:
         assert any(not torch.equal(found[name], expected[name]) for name in expected), lost
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_run_that_is_killed_while_it_writes_a_checkpoint_goes_on_to_the_same_bits(
     tmp_path: Path, processes: int

@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM
 from rlx.learner.ledger import Ledger, Rules
 from rlx.learner.main import train
 
+pytestmark = pytest.mark.slow
+
 EPSILON, RATE = 0.02, 0.5
 
 

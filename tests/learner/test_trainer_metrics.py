@@ -18,6 +18,8 @@ from rlx.learner.main import train
 from rlx.learner.trainer import training_arguments
 from rlx.wire import GroupRequest
 
+pytestmark = pytest.mark.slow
+
 Rewards = tuple[dict[str, list[float]], dict[str, float]]
 
 

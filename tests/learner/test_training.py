@@ -20,6 +20,8 @@ from rlx.errors import ServiceError, UserCodeError
 from rlx.learner.main import train
 from rlx.wire import GroupRequest
 
+pytestmark = pytest.mark.slow
+
 
 def final(folder: Path) -> dict[str, Tensor]:
     return load((folder / "out" / "model.safetensors").read_bytes())
@@ -68,7 +70,6 @@ def test_a_step_is_one_step_of_gradient_descent_on_all_its_completions(tmp_path:
     assert_equal(final(tmp_path), by_hand, atol=2e-6)
 
 
-@pytest.mark.slow
 def test_two_processes_train_to_the_same_parameters_as_one(tmp_path: Path) -> None:
     """The reference's KL is in the loss: it is 0 before the first step and grows."""
     path = write_run(tmp_path, max_steps=3, trl={"beta": 0.1})
@@ -88,7 +89,6 @@ def test_two_processes_train_to_the_same_parameters_as_one(tmp_path: Path) -> No
     assert max((final(tmp_path)[n] - base[n]).abs().max() for n in base) > 1e-3
 
 
-@pytest.mark.slow
 def test_a_run_that_a_reward_ended_is_resumed_to_the_parameters_of_an_uninterrupted_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
