@@ -34,6 +34,7 @@ def vllm_engine(config: Config, index: int) -> Engine:
             revision=config.revision_of_model,
             served_model_name=config.base_model,
             start_timeout_s=vllm.start_timeout,
+            lora_rank=config.lora_r if config.adapter is not None and config.lora_sync == "adapter" else None,
             sync_timeout_s=config.service.publish_timeout,
             extra=extra,
         )

@@ -1,10 +1,9 @@
-"""LoRA with PEFT: the model with an adapter, the reference without it, and the weights with the adapter merged in.
+"""LoRA with PEFT: the model with an adapter, the reference without it, and the files that are saved.
 
     base_model ─► with_adapter ─► trained: only the adapter's parameters
-                       ├─► without_adapter: the reference of the KL term, the same weights
-                       └─► published_weights: names and shapes of the base model, for the workers
+                       └─► without_adapter: the reference of the KL term, the same weights
 
-Not here: the keys (`core/config/lora.py`), how weights travel (`publish.py`).
+Not here: the keys (`core/config/lora.py`), what the workers get (`adapter_weights.py`).
 """
 
 from __future__ import annotations
@@ -14,22 +13,21 @@ import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rlx.config import Config
 from rlx.errors import ConfigError
+from rlx.learner.adapter_weights import check_sent_alone
 from rlx.learner.model import disable_dropout, load_model
 
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -64,6 +62,7 @@ def with_adapter(model: PreTrainedModel, config: Config) -> nn.Module:
                 raise ConfigError(f"{config.path}: lora_target_modules: {error}") from error
         _check_saved_whole(wrapped, config)
     _check_tied(wrapped, config)
+    check_sent_alone(wrapped, config)
     if config.trl.disable_dropout:
         disable_dropout(wrapped)
     return wrapped
@@ -153,46 +152,6 @@ def without_adapter(model: PeftModel) -> Iterator[nn.Module]:
             yield model
     finally:
         model.train(training)
-
-
-@dataclass(frozen=True)
-class Weight:
-    """One parameter as the workers get it; `layer` updates it."""
-
-    parameter: Tensor
-    layer: LoraLayer | None = None
-
-    @torch.no_grad()
-    def value(self) -> Tensor:
-        """With the update merged in: float32 as the parameter, not a view of it where there is one."""
-        if self.layer is None:
-            return self.parameter
-        (name,) = self.layer.active_adapters
-        if name in self.layer.lora_variant:
-            return self.layer.lora_variant[name].merge_safe(self.layer, name, self.parameter)
-        return self.parameter + self.layer.get_delta_weight(name)
-
-
-def published_weights(model: nn.Module) -> dict[str, Weight]:
-    """Every parameter of the base model by its name there, a tied one once. Nothing is computed yet."""
-    if not isinstance(model, PeftModel):
-        return {name: Weight(p.detach()) for name, p in model.named_parameters()}
-    base, weights = model.get_base_model(), {}
-    layers = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
-    for name, parameter in base.named_parameters():
-        path = name.split(".")
-        if any(part.startswith("lora_") for part in path) or "original_module" in path:
-            continue
-        if "modules_to_save" in path:
-            at = path.index("modules_to_save")
-            path[at : at + 2] = []
-        layer = None
-        if "base_layer" in path:
-            at = path.index("base_layer")
-            layer = layers[".".join(path[:at])] if path[-1] == "weight" else None
-            path[at : at + 1] = []
-        weights[".".join(path)] = Weight(parameter.detach(), layer)
-    return weights
 
 
 def adapter_files(model: nn.Module) -> dict[str, bytes] | None:

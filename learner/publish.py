@@ -21,7 +21,8 @@ import torch
 from torch import nn
 
 from rlx.errors import WeightBaseMismatch
-from rlx.learner.adapters import adapter_files, published_weights
+from rlx.learner.adapter_weights import adapter_weights, published_weights
+from rlx.learner.adapters import adapter_files
 from rlx.learner.parity import ProbeIds, probe_logprobs
 from rlx.rollout import delta
 from rlx.rollout.client import PublishTimes as PhaseTimes
@@ -29,6 +30,7 @@ from rlx.rollout.client import RolloutClient
 from rlx.rollout.manifest import fingerprint
 from rlx.wire import Probe, TensorSpec, WeightManifest
 
+LoraSync = Literal["adapter", "merged"]
 _CODES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 
 
@@ -55,8 +57,8 @@ class PublishTimes:
 
 @dataclass(frozen=True)
 class Packed:
-    """The weights at one moment: `payload` is the bytes of a safetensors file, read-only, with the adapter merged in
-    where there is one; `adapter` are then its own files by name."""
+    """The weights at one moment: `payload` is the bytes of a safetensors file, read-only: the model, where there is an
+    adapter with that merged in, or that alone; `adapter` are then its own files by name."""
 
     payload: memoryview
     tensors: tuple[TensorSpec, ...]
@@ -94,9 +96,10 @@ class Publisher:
         *,
         probe_ids: ProbeIds = (),
         transfer: Literal["auto", "full"] = "auto",
+        lora_sync: LoraSync = "merged",
     ):
         self._client, self._dtype, self._floor = client, dtype, last_version
-        self._probe_ids, self._transfer = probe_ids, transfer
+        self._probe_ids, self._transfer, self._lora_sync = probe_ids, transfer, lora_sync
         self._turn = threading.Lock()
         self._service = _Service()
         self._committed: Packed | None = None
@@ -111,7 +114,7 @@ class Publisher:
     def snapshot(self, model: nn.Module) -> Packed:
         """A copy of the parameters of `model`, which is not wrapped for data parallelism, and the probe's log-probs."""
         probe = probe_logprobs(model, self._probe_ids) if self._probe_ids else None
-        return pack(model, self._dtype, probe)
+        return pack(model, self._dtype, probe, self._lora_sync)
 
     def send(self, packed: Packed) -> PublishTimes:
         """The service serves these weights when this returns.
@@ -165,13 +168,14 @@ class Publisher:
         return whole, self._client.publish(whole, packed.payload), changed
 
 
-def pack(model: nn.Module, dtype: torch.dtype, probe: Probe | None = None) -> Packed:
-    """The parameters of `model` in Hugging Face naming as safetensors bytes of `dtype`.
+def pack(model: nn.Module, dtype: torch.dtype, probe: Probe | None = None, lora_sync: LoraSync = "merged") -> Packed:
+    """The parameters of `model` in Hugging Face naming as safetensors bytes of `dtype`; with `lora_sync` adapter those of
+    its adapter, in PEFT's naming.
 
     A tied head is one parameter and travels once, under the embedding's name. One copy: each parameter is converted
     into its place. An adapter is merged in float32, layer by layer, and the model stays as it is.
     """
-    weights = published_weights(model)
+    weights = adapter_weights(model) if lora_sync == "adapter" else published_weights(model)
     tensors = tuple(TensorSpec(name, _CODES[dtype], tuple(w.parameter.shape)) for name, w in weights.items())
     ends = np.cumsum([0, *(w.parameter.numel() * dtype.itemsize for w in weights.values())]).tolist()
     head = _header(tensors, ends)

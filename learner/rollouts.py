@@ -62,6 +62,7 @@ class Rollouts:
             resume.weight_version if resume else 0,
             probe_ids=make_probe([prompt.ids for prompt in prompts]),
             transfer=config.async_.weight_transfer,
+            lora_sync=config.lora_sync,
         )
         best = BestModel(config, tokenizer, files.output_dir, resumed=resume is not None)
 

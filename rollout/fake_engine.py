@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from rlx.errors import RequestTooLong, ServiceUnavailable, WeightSyncError
-from rlx.rollout.manifest import check_file, check_manifest, fingerprint
+from rlx.rollout.manifest import check_adapter, check_file, check_manifest, fingerprint
 from rlx.rollout.worker import EngineLoad
 from rlx.wire import Completion, Sampling, TensorSpec, WeightManifest
 
@@ -51,7 +51,7 @@ class FakeEngine:
     """p(next | last token) is a random table that the weights' fingerprint determines; of the sampling parameters it
     honours `max_tokens` and `temperature`.
 
-    `specs` are the tensors that an update must bring. A step of the whole batch takes `seconds_per_token`, or
+    `specs` are the tensors that an update must bring, or with `lora_rank` those that an adapter may update. A step of the whole batch takes `seconds_per_token`, or
     `decode_s(batch size)` seconds; up to `stride` steps are taken at once (cheaper, less exact).
     `length_of(request_id, index)` fixes the lengths of completions, in tokens; END is then a token like any other.
     `deterministic`: what is sampled depends on the request id, the index in it and the weights alone.
@@ -73,8 +73,9 @@ class FakeEngine:
         max_num_seqs: int | None = None,
         kv_tokens: int | None = None,
         max_model_len: int | None = None,
+        lora_rank: int | None = None,
     ):
-        self._specs = specs
+        self._specs, self._lora_rank = specs, lora_rank
         self._decode_s = decode_s or (lambda batch: seconds_per_token)
         self._length_of, self._deterministic, self._stride = length_of, deterministic, stride
         self._max_num_seqs, self._kv_tokens, self._max_model_len = max_num_seqs, kv_tokens, max_model_len
@@ -123,7 +124,10 @@ class FakeEngine:
         return np.take_along_axis(rows, (ids[1:] % self._vocab_size)[:, None], axis=1)[:, 0].astype(np.float32)
 
     async def announce(self, manifest: WeightManifest) -> None:
-        check_manifest(manifest, self._specs, tied=False, current_version=self._version)
+        if self._lora_rank is not None:
+            check_adapter(manifest, self._specs, self._lora_rank, self._version)
+        else:
+            check_manifest(manifest, self._specs, tied=False, current_version=self._version)
 
     async def commit(self, manifest: WeightManifest, path: str) -> str:
         self._fail()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,6 +15,9 @@ from rlx.wire import TensorSpec, WeightManifest
 
 _LOADABLE = {"F32", "BF16", "F16"}
 _TIED_HEAD = "lm_head.weight"
+_SAME_YAML = "start the service from the YAML of the run (adapter, lora_sync, lora_r)"
+_OF_ADAPTER = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<half>[AB])\.weight")
+"""PEFT's names"""
 
 
 def fingerprint(data: bytes | memoryview) -> str:
@@ -68,21 +72,57 @@ def check_manifest(manifest: WeightManifest, expected: Iterable[TensorSpec], tie
 
     A tied model's LM head is the embedding, so it may be sent or not. Any floating dtype that can be converted is fine.
     """
-    label = f"weights {manifest.version}"
-    if manifest.version <= current_version:
-        raise WeightSyncError(f"{label}: version {current_version} is already serving; send a greater one")
+    label = _newer(manifest, current_version)
     want = {t.name: t.shape for t in expected if not (tied and t.name == _TIED_HEAD)}
     have = {t.name: t.shape for t in manifest.tensors if not (tied and t.name == _TIED_HEAD)}
+    if any(_OF_ADAPTER.fullmatch(name) for name in have):
+        raise WeightSyncError(f"{label} are an adapter, this worker takes whole models; {_SAME_YAML}")
     if unknown := sorted(have.keys() - want.keys()):
         raise WeightSyncError(f"{label}: {len(unknown)} tensors are not in this model, the first is {unknown[0]!r}")
     if missing := sorted(want.keys() - have.keys()):
         raise WeightSyncError(f"{label}: {len(missing)} tensors of this model are missing, the first is {missing[0]!r}")
     for tensor in manifest.tensors:
+        _loadable(label, tensor)
         if tensor.name in want and tensor.shape != want[tensor.name]:
             raise WeightSyncError(
                 f"{label}: {tensor.name!r} has the shape {tensor.shape}, this model needs {want[tensor.name]}"
             )
-        if tensor.dtype not in _LOADABLE:
+
+
+def check_adapter(manifest: WeightManifest, model: Iterable[TensorSpec], max_rank: int, current_version: int) -> None:
+    """WeightSyncError unless the update is newer than `current_version` and brings low-rank updates of matrices of
+    `model`: for each an A [rank, in] and a B [out, rank], under PEFT's names."""
+    label = _newer(manifest, current_version)
+    shapes = {t.name: t.shape for t in model}
+    halves: dict[str, dict[str, tuple[int, ...]]] = {}
+    for tensor in manifest.tensors:
+        _loadable(label, tensor)
+        if (found := _OF_ADAPTER.fullmatch(tensor.name)) is None:
             raise WeightSyncError(
-                f"{label}: {tensor.name!r} has the dtype {tensor.dtype}, send one of {sorted(_LOADABLE)}"
+                f"{label}: {tensor.name!r} is of no adapter, this worker takes nothing else; {_SAME_YAML}"
             )
+        halves.setdefault(found["layer"], {})[found["half"]] = tensor.shape
+    for layer, half in halves.items():
+        if half.keys() != {"A", "B"}:
+            raise WeightSyncError(f"{label}: of the update of {layer!r} one half is missing")
+        shape, rank = shapes.get(f"{layer}.weight"), half["A"][0]
+        if shape is None:
+            raise WeightSyncError(f"{label}: this model has no layer {layer!r}")
+        if half != {"A": (rank, shape[-1]), "B": (shape[0], rank)}:
+            raise WeightSyncError(f"{label}: {half} is no low-rank update of {layer!r}, which has the shape {shape}")
+        if rank > max_rank:
+            raise WeightSyncError(
+                f"{label}: {layer!r} has rank {rank}, this worker was started for {max_rank}; {_SAME_YAML}"
+            )
+
+
+def _newer(manifest: WeightManifest, current_version: int) -> str:
+    label = f"weights {manifest.version}"
+    if manifest.version <= current_version:
+        raise WeightSyncError(f"{label}: version {current_version} is already serving; send a greater one")
+    return label
+
+
+def _loadable(label: str, tensor: TensorSpec) -> None:
+    if tensor.dtype not in _LOADABLE:
+        raise WeightSyncError(f"{label}: {tensor.name!r} has the dtype {tensor.dtype}, send one of {sorted(_LOADABLE)}")

@@ -19,11 +19,11 @@ from rlx.errors import (
     ServiceUnavailable,
     WeightSyncError,
 )
-from rlx.rollout.manifest import check_file, check_manifest, checkpoint_specs
+from rlx.rollout.manifest import check_adapter, check_file, check_manifest, checkpoint_specs
 from rlx.rollout.vllm_load import LoadMeter
 from rlx.rollout.vllm_params import VllmOptions, engine_args, prompt_logprobs_params, sampling_params
 from rlx.rollout.vllm_start import first_cause, forget_environment, prepare_environment
-from rlx.rollout.vllm_update import join_nccl, update_from_file, update_over_nccl
+from rlx.rollout.vllm_update import adapter_from_file, join_nccl, update_from_file, update_over_nccl
 from rlx.rollout.vllm_versions import TokenVersions
 from rlx.rollout.worker import EngineLoad
 from rlx.wire import Completion, Sampling, TensorSpec, WeightManifest
@@ -49,6 +49,7 @@ class VllmEngine:
         self._front: Any = None
         self._specs: tuple[TensorSpec, ...] = ()
         self._version = 0
+        self._adapter: Any = None
         self._broken = ""
         self._live: dict[str, TokenVersions] = {}
         self._adding: set[asyncio.Task[Any]] = set()
@@ -92,7 +93,10 @@ class VllmEngine:
         return np.asarray([flat.logprobs[i] for i in first], dtype=np.float32)
 
     async def announce(self, manifest: WeightManifest) -> None:
-        check_manifest(manifest, self._specs, self._tied(), self._version)
+        if self._options.lora_rank is not None:
+            check_adapter(manifest, self._specs, self._options.lora_rank, self._version)
+        else:
+            check_manifest(manifest, self._specs, self._tied(), self._version)
 
     async def commit(self, manifest: WeightManifest, path: str) -> str:
         # A caller that goes away must not leave the engine paused.
@@ -115,7 +119,7 @@ class VllmEngine:
             from rlx.rollout.vllm_openai import OpenAIFront
 
             name = self._options.served_model_name or self._options.model
-            self._front = OpenAIFront(self._llm, name, seeds=not current_platform.is_cpu())
+            self._front = OpenAIFront(self._llm, name, lambda: self._adapter, seeds=not current_platform.is_cpu())
         return await self._front.serve(route, body)
 
     @property
@@ -215,7 +219,7 @@ class VllmEngine:
     async def _add(self, request_id: str, prompt: Any, params: Any, versions: TokenVersions) -> Any:
         assert self._meter is not None
         self._meter.admitted()
-        queue = await self._llm.add_request(request_id, prompt, params)
+        queue = await self._llm.add_request(request_id, prompt, params, lora_request=self._adapter)
         self._live[queue.request_id] = versions
         return queue
 
@@ -264,18 +268,25 @@ class VllmEngine:
             received = await self._swap_file(manifest, path)
         await self._llm.update_weight_version(str(manifest.version))
         for versions, index, num_tokens in in_flight:
-            versions.mark(index, num_tokens, manifest.version)
+            # What began before the first adapter came goes on with the model alone.
+            if self._options.lora_rank is None or versions.start > 0:
+                versions.mark(index, num_tokens, manifest.version)
         self._version = manifest.version
         await self._llm.resume_generation()
         return received
 
     async def _swap_file(self, manifest: WeightManifest, path: str) -> str:
         try:
-            reports = await update_from_file(self._llm, manifest, path)
+            load = update_from_file if self._options.lora_rank is None else adapter_from_file
+            reports = await load(self._llm, manifest, path)
         except Exception as error:  # vLLM raises a bare Exception for whatever failed in its worker
             self._broken = f"loading weights {manifest.version} failed half-way: {error}"
             raise WeightSyncError(self._broken) from error
         if all(r["applied"] for r in reports):
+            if self._options.lora_rank is not None:
+                from rlx.rollout.vllm_lora import policy
+
+                self._adapter = policy(manifest.version)
             return str(reports[0]["fingerprint"])
         if any(r["applied"] for r in reports):
             self._broken = f"only some of its processes took weights {manifest.version}"

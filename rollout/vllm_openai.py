@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from pydantic import ValidationError
@@ -14,15 +14,17 @@ from vllm.entrypoints.openai.models.protocol import BaseModelPath
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.exceptions import VLLMClientError
+from vllm.lora.request import LoRARequest
 from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
 
 class OpenAIFront:
-    """Serves `completions` and `chat/completions`. `seeds` False refuses a request's seed."""
+    """Serves `completions` and `chat/completions`, with the adapter that `adapter()` gives at the time, None: without.
+    `seeds` False refuses a request's seed."""
 
-    def __init__(self, llm: AsyncLLM, name: str, seeds: bool):
+    def __init__(self, llm: AsyncLLM, name: str, adapter: Callable[[], LoRARequest | None], seeds: bool):
         self._seeds = seeds
         models = OpenAIServingModels(
             engine_client=llm, base_model_paths=[BaseModelPath(name=name, model_path=llm.model_config.model)]
@@ -32,6 +34,8 @@ class OpenAIFront:
         common = {"models": models, "online_renderer": renderer, "request_logger": None}
         self._chat = OpenAIServingChat(engine_client=llm, response_role="assistant", **template, **common)
         self._completions = OpenAIServingCompletion(engine_client=llm, **common)
+        for serving in (self._chat, self._completions):  # vLLM would choose by the model's name
+            serving._maybe_get_adapters = lambda *_, **__: adapter()
 
     async def serve(self, route: str, body: dict[str, Any]) -> dict[str, Any] | AsyncIterator[str]:
         """The response as JSON, or the server-sent-event lines of a stream."""

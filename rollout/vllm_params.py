@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from rlx.config.lora import engine_rank
 from rlx.errors import ServiceError
 from rlx.wire import Sampling
 
@@ -14,7 +15,8 @@ from rlx.wire import Sampling
 class VllmOptions:
     """How to start vLLM. `kv_cache_gib` counts on CPU only, `gpu_memory_utilization` on GPU only.
 
-    `transport` is how weights come: `cpu` from a file, `nccl` over NCCL. `extra` are more fields of AsyncEngineArgs.
+    `transport` is how weights come: `cpu` from a file, `nccl` over NCCL. With `lora_rank` updates are adapters of at
+    most that rank, and the model stays. `extra` are more fields of AsyncEngineArgs.
     """
 
     model: str
@@ -27,6 +29,7 @@ class VllmOptions:
     max_num_seqs: int = 256
     seed: int = 0
     transport: Literal["cpu", "nccl"] = "cpu"
+    lora_rank: int | None = None
     kv_cache_gib: float = 1.0
     trust_remote_code: bool = False
     revision: str | None = None
@@ -68,6 +71,9 @@ def engine_args(options: VllmOptions) -> Any:
         "distributed_executor_backend": UniProcExecutor if in_one_process else None,
         "disable_log_stats": False,  # for `vllm_load.py`
     }
+    if o.lora_rank is not None:
+        # An update takes the place of the adapter before it, so there is only one.
+        fields |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": engine_rank(o.lora_rank)}
     return AsyncEngineArgs(**{**{k: v for k, v in fields.items() if v is not None}, **o.extra})
 
 

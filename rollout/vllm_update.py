@@ -11,14 +11,13 @@ _TORCH_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 async def update_from_file(client: Any, manifest: WeightManifest, path: str) -> list[dict[str, Any]]:
     """Have every worker load the file; their reports: applied, fingerprint, nbytes, version."""
-    info = {
-        "path": path,
-        "nbytes": manifest.nbytes,
-        "fingerprint": manifest.fingerprint,
-        "version": manifest.version,
-    }
-    await _update(client, info)
+    await _update(client, _described(manifest, path))
     return await client.collective_rpc("rlx_weight_report")
+
+
+async def adapter_from_file(client: Any, manifest: WeightManifest, path: str) -> list[dict[str, Any]]:
+    """The same for an adapter, which takes the place of the one before."""
+    return await client.collective_rpc("rlx_load_adapter", kwargs=_described(manifest, path))
 
 
 async def join_nccl(client: Any, init_info: dict[str, Any]) -> None:
@@ -39,6 +38,15 @@ async def update_over_nccl(client: Any, manifest: WeightManifest) -> None:
         "shapes": [list(t.shape) for t in manifest.tensors],
     }
     await _update(client, info)
+
+
+def _described(manifest: WeightManifest, path: str) -> dict[str, Any]:
+    return {
+        "path": path,
+        "nbytes": manifest.nbytes,
+        "fingerprint": manifest.fingerprint,
+        "version": manifest.version,
+    }
 
 
 async def _update(client: Any, info: dict[str, Any]) -> None:

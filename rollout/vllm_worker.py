@@ -24,6 +24,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from rlx.rollout.manifest import fingerprint, read_layout
+from rlx.rollout.vllm_lora import load_adapter
 from rlx.rollout.vllm_start import HOST_PID
 
 BACKEND = "rlx_file"
@@ -102,6 +103,10 @@ class RlxWorkerExtension:
     def rlx_weight_report(self) -> dict[str, Any]:
         """How the last update went on this worker: applied, fingerprint, nbytes, version."""
         return self.weight_transfer_engine.report  # type: ignore[attr-defined]
+
+    def rlx_load_adapter(self, path: str, nbytes: int, fingerprint: str, version: int) -> dict[str, Any]:
+        """Take the adapter in the file for the one before; the report is as above."""
+        return load_adapter(self, path, nbytes, fingerprint, version)
 
 
 def _tensors(data: mmap.mmap) -> Iterator[tuple[str, torch.Tensor]]:

@@ -8,7 +8,14 @@ from pydantic import Field, field_validator, model_validator
 
 from rlx.config.section import Section
 
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM can make room for."""
 _OFF: tuple[Any, ...] = (None, False, [], "")
+
+
+def engine_rank(rank: int) -> int:
+    """The room that engines need for adapters of this rank, at most the greatest of LORA_RANKS."""
+    return next(room for room in LORA_RANKS if room >= rank)
 
 
 class LoraKeys(Section):
@@ -36,9 +43,9 @@ class LoraKeys(Section):
     )
     peft_use_dora: bool = Field(False, description="DoRA: the lengths of the weights' columns are trained apart.")
     peft_use_rslora: bool = Field(False, description="Scale by lora_alpha / √lora_r instead.")
-    lora_sync: Literal["merged"] = Field(
+    lora_sync: Literal["adapter", "merged"] = Field(
         "merged",
-        description="How the workers get the policy. `merged`: as a whole model with the adapter merged in, of which only the changed elements travel.",
+        description="How the workers get the policy. `merged`: as a whole model with the adapter merged in, of which only the changed elements travel. `adapter`: the adapter alone, beside the base model that the workers have loaded themselves; not for DoRA and lora_modules_to_save.",
     )
     rl_adapter_ref_model: bool = Field(
         False,
@@ -76,3 +83,26 @@ class LoraKeys(Section):
                 "lora_target_linear excludes a regular expression in lora_target_modules; keep one, or write a list"
             )
         return self
+
+    @model_validator(mode="after")
+    def an_adapter_can_be_sent_alone(self) -> LoraKeys:
+        if self.lora_sync != "adapter":
+            return self
+        targets = self.lora_target_modules if isinstance(self.lora_target_modules, list) else []
+        ends = [name for name in targets if name.rpartition(".")[2] in ("embed_tokens", "lm_head")]
+        if self.peft_use_dora:
+            problem = "peft_use_dora: vLLM loads no DoRA"
+        elif self.lora_modules_to_save:
+            problem = "lora_modules_to_save: vLLM loads low-rank updates only"
+        elif ends:
+            problem = f"lora_target_modules: {ends[0]}: only linear layers between embedding and head are sent so"
+        elif self.lora_r > LORA_RANKS[-1]:
+            problem = f"lora_r: {self.lora_r}: vLLM takes ranks up to {LORA_RANKS[-1]}"
+        elif self.lora_model_dir and "lora_r" not in self.model_fields_set:
+            raise ValueError(
+                "lora_sync: adapter with lora_model_dir needs lora_r, for which the workers make room; write the `r` of "
+                "its adapter_config.json"
+            )
+        else:
+            return self
+        raise ValueError(f"lora_sync: adapter excludes {problem}; write `lora_sync: merged`, or remove the other key")

@@ -59,7 +59,7 @@ REFUSED: dict[str, Refusal] = {
     **_refuse("trl.use_data_producer trl.async_prefetch trl.prefetch_depth trl.vllm_sync_interval trl.streaming_partial_batch "
               "trl.replay_buffer_size trl.skip_zero_advantage_batches", "the run is synchronous: weights are published after every step",
               _REMOVE, (None, False, 0)),
-    **_refuse("trl.vllm_lora_sync", "the workers get the policy with its adapter merged in", _REMOVE),
+    **_refuse("trl.vllm_lora_sync", "rlx sends adapters over HTTP, without a shared folder", "Write `lora_sync: adapter` at the top level."),
     **_refuse("trl.reward_num_workers", "rlx sets the processes per reward function elsewhere", "Write `rewards: {workers: N}`.", (None, 0)),
     **_refuse("vllm.enable_reasoning vllm.reasoning_parser vllm.device", "it does nothing in Axolotl either", _REMOVE, (None, False, "", "auto")),
     **_refuse("vllm.serve_module vllm.worker_extension_cls", "the workers are rlx's own", _REMOVE, (None, "")),
@@ -71,11 +71,6 @@ VALUE_HINTS: dict[tuple[str, Any], str] = {
         "qlora",
     ): "training on a quantised base model needs bitsandbytes, which rlx's environment does not have. "
     "Write `adapter: lora`.",
-    (
-        "lora_sync",
-        "adapter",
-    ): "the workers take whole models only: rlx has no way yet to have vLLM swap adapters by version. "
-    "Write `lora_sync: merged` or remove the key.",
     ("trl.use_vllm", False): "rlx generates with vLLM only. Write `use_vllm: true` or remove the key.",
     (
         "trl.vllm_mode",

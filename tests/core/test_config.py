@@ -221,6 +221,7 @@ def test_key_paths_print_without_loss(path):
 
 
 LORA = "adapter: lora\nlora_target_linear: true\n"
+ALONE = LORA + "lora_sync: adapter\n"
 
 
 @pytest.mark.parametrize(
@@ -232,7 +233,12 @@ LORA = "adapter: lora\nlora_target_linear: true\n"
         (LORA + "lora_target_modules: q.*\n", "lora_target_linear excludes a regular expression"),
         (LORA + "trl: {beta: 0.1, sync_ref_model: true}\n", "trl.sync_ref_model excludes `adapter`"),
         (LORA + "rl_adapter_ref_model: true\n", "rl_adapter_ref_model has no effect at trl.beta: 0"),
-        (LORA + "lora_sync: adapter\n", "Write `lora_sync: merged` or remove the key."),
+        ("lora_sync: adapter\n", "lora_sync needs `adapter: lora`"),
+        (ALONE + "peft_use_dora: true\n", "excludes peft_use_dora: vLLM loads no DoRA; write `lora_sync: merged`"),
+        (ALONE + "lora_modules_to_save: [norm]\n", "excludes lora_modules_to_save: vLLM loads low-rank updates only"),
+        (ALONE + "lora_target_modules: [q_proj, lm_head]\n", "excludes lora_target_modules: lm_head: only linear"),
+        (ALONE + "lora_r: 513\n", "excludes lora_r: 513: vLLM takes ranks up to 512"),
+        (ALONE + "lora_model_dir: sft\n", "needs lora_r, for which the workers make room; write the `r` of"),
         ("adapter: qlora\n", "needs bitsandbytes, which rlx's environment does not have. Write `adapter: lora`."),
         (LORA + "load_in_4bit: true\n", "training on a quantised base model is not supported"),
         (LORA + "lora_r: 0\n", "lora_r: 0 cannot be used"),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from fake_service import Served, config_for, lines, serve, write_run
 from learner_process import run
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load, load_file
 from tiny_models import make_tiny_model
 from torch import Tensor, nn
@@ -19,13 +19,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from rlx.config import Config, load_config
 from rlx.errors import ConfigError
+from rlx.learner.adapter_weights import published_weights
 from rlx.learner.adapters import (
     SETTINGS,
     WEIGHTS,
     adapter_files,
     base_of,
     check_folder,
-    published_weights,
     with_adapter,
     without_adapter,
 )
@@ -92,6 +92,74 @@ def test_the_merged_weights_alone_are_the_model_with_its_adapter(tmp_path: Path,
     other.load_state_dict(merged, strict=False)
     assert np.abs(logprobs(other) - expected).max() < 1e-5
     assert np.array_equal(logprobs(model), expected), "packing changed the model"
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [{}, {"peft_use_rslora": True}, {"lora_target_modules": r".*\.1\.mlp\..*_proj", "lora_target_linear": False}],
+    ids=str,
+)
+def test_the_adapter_alone_is_what_would_be_merged(tmp_path: Path, keys: dict[str, Any]) -> None:
+    """B × A, with no scale beside them, is what an update adds to the matrix of the same name."""
+    config = config_of(tmp_path, lora_sync="adapter", **keys)
+    plain = load_model(config)
+    base = {name: p.detach().clone() for name, p in plain.named_parameters()}
+    model = disturbed(with_adapter(plain, config))
+    merged = load(bytes(pack(model, torch.float32).payload))
+    packed = pack(model, torch.float32, lora_sync="adapter")
+    alone = load(bytes(packed.payload))
+    assert set(adapter_files(model) or {}) == set(packed.adapter or {})
+    assert alone.keys() == load((packed.adapter or {})[WEIGHTS]).keys()
+    changed = {name for name in base if not torch.equal(merged[name], base[name])}
+    updates = {name.removesuffix(".lora_A.weight") for name in alone if ".lora_A." in name}
+    assert {f"{name.removeprefix('base_model.model.')}.weight" for name in updates} == changed
+    for name in updates:
+        matrix = f"{name.removeprefix('base_model.model.')}.weight"
+        update = alone[f"{name}.lora_B.weight"] @ alone[f"{name}.lora_A.weight"]
+        torch.testing.assert_close(base[matrix] + update, merged[matrix], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"bias": "all"}, r"lora_sync: adapter would not bring \S+\.bias to the workers"),
+        ({"target_modules": ["q_proj", "lm_head"]}, r"would not bring lm_head\.lora_A\.default\.weight to the workers"),
+        ({"modules_to_save": ["norm"]}, r"would not bring \S*norm\.modules_to_save\S* to the workers"),
+        ({"use_dora": True}, r"would not bring \S+lora_magnitude_vector\S* to the workers"),
+        ({"rank_pattern": {"q_proj": 6}}, r"q_proj has rank 6, and the workers make room for lora_r \(4\)"),
+    ],
+)  # fmt: skip
+def test_an_adapter_in_a_folder_that_cannot_be_sent_alone_is_refused(
+    tmp_path: Path, settings: Any, message: str
+) -> None:
+    keys = {"adapter": "lora", "lora_sync": "adapter", "lora_model_dir": "sft", "lora_r": 4, "lora_alpha": 4}
+    config = load_config(write_run(tmp_path, **keys))
+    make_tiny_model(tmp_path / "model", tie=False, dtype=torch.float32)
+    lora = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=4, **{"target_modules": ["q_proj"]} | settings)
+    get_peft_model(load_model(config), lora).save_pretrained(tmp_path / "sft")
+    with pytest.raises(ConfigError, match=message):
+        with_adapter(load_model(config), config)
+
+
+def test_a_run_that_sends_the_adapter_alone_trains_to_the_same_as_one_that_sends_it_merged(tmp_path: Path) -> None:
+    sent, records = {}, {}
+    for way in ("adapter", "merged"):
+        path = write_run(tmp_path / way, max_steps=2, trl={"beta": 0.1}, lora_sync=way, **LORA)
+        with serve() as served:
+            train(config_for(path, served), 1)
+            sent[way] = published(served)
+        records[way] = lines(tmp_path / way / "out" / "metrics.jsonl")
+        assert (tmp_path / way / "out" / "best" / WEIGHTS).is_file()
+    one, other = (final(tmp_path / way / "out") for way in sent)
+    assert all(torch.equal(other[name], tensor) for name, tensor in one.items())
+    assert len(sent["adapter"]) == len(sent["merged"]) == 3
+    for tensors in sent["adapter"]:
+        assert tensors.keys() == one.keys()
+    for name, tensor in sent["adapter"][-1].items():
+        scale = 4 if ".lora_B." in name else 1
+        torch.testing.assert_close(tensor.float(), scale * one[name], atol=1e-7, rtol=8e-3)
+    bytes_sent = {way: rows[0]["weights/bytes_sent"] for way, rows in records.items()}
+    assert bytes_sent["adapter"] < 0.2 * bytes_sent["merged"]
 
 
 def test_an_untied_head_and_embedding_can_have_adapters_too(tmp_path: Path) -> None:

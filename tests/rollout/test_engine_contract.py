@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from weight_updates import model_tensors, train_a_little, write_update
+from weight_updates import model_tensors, random_adapter, train_a_little, write_update
 
 from rlx.errors import RequestTooLong, WeightSyncError
 from rlx.rollout.fake_engine import FakeEngine
@@ -36,7 +36,17 @@ class Subject:
         return write_update(path, version, self.tensors), str(path)
 
 
-@pytest.fixture(params=["fake", pytest.param("vllm", marks=[pytest.mark.vllm, pytest.mark.slow])])
+_REAL = [pytest.mark.vllm, pytest.mark.slow]
+
+
+@pytest.fixture(
+    params=[
+        "fake",
+        "fake-adapter",
+        pytest.param("vllm", marks=_REAL),
+        pytest.param("vllm-adapter", marks=_REAL),
+    ]
+)
 def subject(request: pytest.FixtureRequest, tmp_path: Path) -> Subject:
     if request.param == "fake":
         tensors = {"a": torch.randn(3, 4), "b": torch.randn(5)}
@@ -44,6 +54,16 @@ def subject(request: pytest.FixtureRequest, tmp_path: Path) -> Subject:
         engine = FakeEngine(specs, seconds_per_token=0.001, max_model_len=1024)
         asyncio.run(engine.start())
         return Subject(engine, tensors, tmp_path)
+    if request.param == "fake-adapter":
+        model = {"layer.weight": torch.randn(6, 4), "norm.weight": torch.randn(4)}
+        names = ("base_model.model.layer.lora_A.weight", "base_model.model.layer.lora_B.weight")
+        specs = tuple(TensorSpec(name, "F32", tuple(t.shape)) for name, t in model.items())
+        engine = FakeEngine(specs, seconds_per_token=0.001, max_model_len=1024, lora_rank=2)
+        asyncio.run(engine.start())
+        return Subject(engine, dict(zip(names, (torch.randn(2, 4), torch.randn(6, 2)), strict=True)), tmp_path)
+    if request.param == "vllm-adapter":
+        engine, folder, _ = request.getfixturevalue("adapted_qwen3")
+        return Subject(engine, random_adapter(folder), tmp_path)
     engine, folder = request.getfixturevalue("tied_qwen2")
     return Subject(engine, _trained(folder), tmp_path)
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from rlx.rollout.manifest import fingerprint, read_layout
+from rlx.rollout.manifest import checkpoint_specs, fingerprint, read_layout
 from rlx.wire import WeightManifest
+
+PROMPT = np.arange(5, 69, dtype=np.int32)
 
 
 def write_update(path: Path, version: int, tensors: dict[str, torch.Tensor]) -> WeightManifest:
@@ -22,6 +25,17 @@ def write_update(path: Path, version: int, tensors: dict[str, torch.Tensor]) -> 
 def model_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """What a learner sends: each parameter once, so no LM head where it is tied."""
     return dict(model.named_parameters())
+
+
+def random_adapter(folder: str | Path, rank: int = 8) -> dict[str, torch.Tensor]:
+    """Updates of every linear layer of the model in `folder`, under PEFT's names, that move its log-probabilities."""
+    generator, tensors = torch.Generator().manual_seed(3), {}
+    for spec in checkpoint_specs(Path(folder)):
+        if spec.name.endswith("_proj.weight"):
+            name, (rows, columns) = f"base_model.model.{spec.name.removesuffix('.weight')}", spec.shape
+            tensors[f"{name}.lora_A.weight"] = 0.1 * torch.randn(rank, columns, generator=generator)
+            tensors[f"{name}.lora_B.weight"] = 0.1 * torch.randn(rows, rank, generator=generator)
+    return tensors
 
 
 def train_a_little(model: torch.nn.Module, steps: int = 4, lr: float = 3e-3) -> None:
