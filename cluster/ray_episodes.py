@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import logging
 from collections.abc import Coroutine, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +155,7 @@ class _Process:
                 self._end(life)
         if any(episode.status == "timeout" for episode in episodes):
             self._later(self._retire_if_stuck(life))
-        return episodes
+        return [replace(episode, process=self._name) for episode in episodes]
 
     async def close(self) -> None:
         for task in self._tasks:

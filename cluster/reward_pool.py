@@ -16,7 +16,9 @@ import math
 import os
 import re
 import signal
+import time
 from collections.abc import Coroutine
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +100,7 @@ class RewardPool:
 
     async def _score(self, group: ScoreRequest) -> Answer:
         process = await self._turn()
+        began_at = time.time()
         process.in_flight += 1
         try:
             answer = await self._call(process, group)
@@ -106,8 +109,9 @@ class RewardPool:
         finally:
             process.in_flight -= 1
             self._changed.set()
-        self._record(answer[0])
-        return answer
+        outcome = replace(answer[0], process=process.actor.label, began_at=round(began_at, 4))
+        self._record(outcome)
+        return outcome, answer[1]
 
     async def _turn(self) -> _Process:
         """A process with room for a group. While there is none, callers wait, the oldest first: each call has a deadline,

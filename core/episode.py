@@ -75,6 +75,10 @@ class Episode:
     """False when a rollout function hides which tokens it sampled, so that what is trained is not all that it did."""
     error: str = ""
     """Why the status is not ok, with the user's traceback where there is one."""
+    process: str = ""
+    """Which ran its rollout function; empty where none did."""
+    turn_times: tuple[tuple[float, float], ...] = ()
+    """When each turn was asked for and was there, in unix seconds of that process."""
 
     @property
     def scorable(self) -> bool:

@@ -175,6 +175,20 @@ class RewardOutcome:
     outcome: Outcome = "ok"
     failed: int = 0
     error: str = ""
+    process: str = ""
+    """Which scored it, and when it began, in unix seconds; empty and 0 where that is not known."""
+    began_at: float = 0.0
+
+
+@dataclass(frozen=True)
+class GroupTimes:
+    """When the service received a group, had a worker for it, had its episodes and had its rewards: unix seconds of the
+    service's clock."""
+
+    received: float
+    placed: float
+    generated: float
+    scored: float
 
 
 @dataclass(frozen=True)
@@ -189,6 +203,7 @@ class GroupResult:
     reward_s: float
     metrics: Mapping[str, float] = field(default_factory=dict)
     """What the reward functions logged with `log_metric`."""
+    times: GroupTimes | None = None
 
     def encode(self) -> bytes:
         rows = [row for episode in self.episodes for row in episode.rows]
@@ -199,6 +214,7 @@ class GroupResult:
             "generation_s": self.generation_s,
             "reward_s": self.reward_s,
             "metrics": dict(self.metrics),
+            **({} if self.times is None else {"times": list(vars(self.times).values())}),
             "episodes": [_episode_head(episode) for episode in self.episodes],
             "rewards": [_without_defaults(r, hidden=("values",)) for r in self.rewards],
         }
@@ -234,6 +250,7 @@ class GroupResult:
             generation_s=head["generation_s"],
             reward_s=head["reward_s"],
             metrics=head["metrics"],
+            times=GroupTimes(*map(float, head["times"])) if "times" in head else None,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -315,9 +332,10 @@ def _episode(head: dict[str, Any], cursor: _Cursor) -> Episode:
         prompt_ids = cursor.take("prompt_ids", operator.index(meta["p"])) if "p" in meta else None
         rows.append(Row(cursor.take("ids", count), cursor.take("logprobs", count), versions, prompt_ids))
     steps = tuple(StepReward(**step) for step in head.pop("step_rewards", ()))
+    turns = tuple((float(start), float(end)) for start, end in head.pop("turn_times", ()))
     if head.get("status", "ok") not in get_args(Status):
         raise WireError(f"an episode has the unknown status {head['status']!r}")
-    return Episode(rows=tuple(rows), step_rewards=steps, **head)
+    return Episode(rows=tuple(rows), step_rewards=steps, turn_times=turns, **head)
 
 
 @dataclass(frozen=True)

@@ -220,6 +220,7 @@ def _episode(state: EpisodeState, status: Status, error: str, value: Any, comple
         attempts=state.attempt + 1,
         exact=state.exact,
         error=error,
+        turn_times=tuple(state.turn_times),
     )
 
 

@@ -88,6 +88,8 @@ class EpisodeState:
         self.completion: str | list[Message] | None = None
         self.exact = True
         self.turns = 0
+        self.turn_times: list[tuple[float, float]] = []
+        """When each turn was asked for and was there, in unix seconds"""
         self.calls = 0
         self.over_budget = False
         self.told_truncated = False
@@ -109,7 +111,7 @@ class EpisodeState:
         sampling = self._sampling(line, changes)
         request_id = f"{self.request.key}:{self.index}.{self.attempt}.{self._requests}"
         self._requests += 1
-        line.busy = True
+        line.busy, asked_at = True, time.time()
         try:
             completion = await self._sample(request_id, line.tape.ids(), sampling)
         except (ServiceError, DeadlineExceeded) as error:
@@ -119,6 +121,7 @@ class EpisodeState:
             line.busy = False
         await self.still_running()
         line.tape.sampled(completion)
+        self.turn_times.append((round(asked_at, 4), round(time.time(), 4)))
         if completion.finish_reason == "length" and len(completion.ids) >= self.left(line, len(completion.ids)):
             self.over_budget = True
         return completion

@@ -83,7 +83,8 @@ class Waits:
 
 
 class Courier:
-    """Calls `on_served`, `on_back`, `on_evaluation` and, once, `on_error` from its thread; `on_idle` after each errand.
+    """Calls `on_served`, `on_back`, `on_evaluation` and, once, `on_error` from its thread; `on_idle` after each errand;
+    `on_lost(cause)` when it looks for a lost service, `on_found(seconds, is_new)` when one answers.
 
     `generation` counts the processes of the service that this learner has brought its weights to.
     """
@@ -102,10 +103,13 @@ class Courier:
         on_error: Callable[[BaseException], None],
         on_evaluation: Callable[[Evaluation, Packed], None],
         on_wait: Callable[[str], None],
+        on_lost: Callable[[ServiceError], None] = lambda cause: None,
+        on_found: Callable[[float, bool], None] = lambda seconds, is_new: None,
     ):
         self._client, self._publisher, self._evaluator, self._session = client, publisher, evaluator, session
         self._waits, self._on_served, self._on_back, self._on_idle = waits, on_served, on_back, on_idle
         self._on_error, self._on_evaluation, self._on_wait = on_error, on_evaluation, on_wait
+        self._on_lost, self._on_found = on_lost, on_found
         self._errands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="feed-courier", daemon=True)
         self._closed = threading.Event()
@@ -208,8 +212,9 @@ class Courier:
         """Returns when a service answers; `_is_new` until it has the weights, where it is another process than before.
 
         Raises when none answers in time, and `cause` when nothing came of those that did for as long."""
-        self.doing = "reconnecting"
-        end = time.monotonic() + 2 * self._waits.service_s
+        self.doing, began = "reconnecting", time.monotonic()
+        self._on_lost(cause)
+        end = began + 2 * self._waits.service_s
         while True:
             if self._closed.wait(_PAUSE_S) or time.monotonic() > end:
                 raise cause
@@ -223,6 +228,7 @@ class Courier:
         since = self._idle_since = self._idle_since or now
         if now - since > self._waits.service_s:
             raise cause
+        self._on_found(now - began, instance != self._instance)
         if instance != self._instance:
             self._instance, self._is_new = instance, True
             self._publisher.forget()

@@ -25,6 +25,7 @@ from rlx.errors import DeadlineExceeded, GroupCancelled, ServiceError, ServiceUn
 from rlx.learner.bottleneck import StepTimes
 from rlx.learner.courier import Client, Courier, Evaluator, Publisher, Served, Waits
 from rlx.learner.evaluation import Evaluation
+from rlx.learner.journal import Journal
 from rlx.learner.ledger import Ledger, Taken
 from rlx.learner.publish import Packed
 from rlx.learner.stream import Fetched
@@ -53,7 +54,7 @@ class Feed:
 
     `evaluates(step)`: whether the policy of `step` is to be evaluated. `patience_s` bounds the time in which nothing at
     all happens while a step waits; each thing that it waits for has its own, shorter deadline. `shares_cpu`: whether the
-    workers compute on the learner's cores.
+    workers compute on the learner's cores. `journal` is told what happens.
     """
 
     def __init__(
@@ -72,9 +73,11 @@ class Feed:
         on_wait: Callable[[str], None],
         patience_s: float,
         shares_cpu: bool = False,
+        journal: Journal | None = None,
     ):
         self._client, self._publisher, self._ledger = client, publisher, ledger
         self._request_of, self._has_spread, self._patience_s = request_of, has_spread, patience_s
+        self._journal = journal or Journal()
         self._evaluates = evaluates if evaluator is not None else lambda step: False
         self._changed = threading.Condition(threading.RLock())
         self._flights: dict[str, _Flight] = {}
@@ -88,6 +91,7 @@ class Feed:
         self._courier = Courier(
             client, publisher, evaluator, session, waits, on_served=self._served, on_back=self._back,
             on_idle=self._happened, on_error=self._failed, on_evaluation=on_evaluation, on_wait=on_wait,
+            on_lost=lambda cause: self._journal.service_lost(str(cause)), on_found=self._journal.service_back,
         )  # fmt: skip
 
     # --- the main thread ------------------------------------------------------------------------------------------
@@ -156,6 +160,7 @@ class Feed:
     def _publish(self, step: int, model: nn.Module) -> None:
         began = time.monotonic()
         packed = self._publisher.snapshot(model)
+        self._journal.span("snapshot of the weights", began, time.monotonic())
         with self._changed:
             self._tally.weight_sync_wait_s += time.monotonic() - began
             self._sent_step = step
@@ -168,10 +173,14 @@ class Feed:
         waited = time.monotonic() - began
         if self._flights or self._courier.doing == "nothing":
             self._tally.rollout_wait_s += waited
+            missing = "rollouts"
         elif self._courier.doing == "evaluating":
             self._tally.eval_s += waited
+            missing = "the evaluation"
         else:
             self._tally.weight_sync_wait_s += waited
+            missing = "the publish"
+        self._journal.span(f"wait for {missing}", began, began + waited)
         if self._events == events:
             raise DeadlineExceeded(self._describe(waited))
 
@@ -197,6 +206,7 @@ class Feed:
         tally.discarded_tokens += sum(map(num_tokens, unused))
         tally.filtered += len(taken.filtered)
         self._take_back(taken, tally)
+        self._journal.took(taken.step + 1, groups, tally)
         self._pump()
         return self._fetched(taken.consumed, groups, taken.step, tally)
 
@@ -311,6 +321,7 @@ class Feed:
             kept = served.step - self._ledger.rules.max_staleness - 1
             self._policy_of = {version: step for version, step in self._policy_of.items() if step >= kept}
             self._tally.served = served
+            self._journal.published(served)
             self._always = replace(self._always, workers=float(served.workers))
             self._ledger.serve(served.step)
             self._pump()

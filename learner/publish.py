@@ -48,6 +48,10 @@ class PublishTimes:
     nbytes: int
     changed_fraction: float
     behind: tuple[str, ...] = ()
+    announce_s: float = 0.0
+    commit_s: float = 0.0
+    ended_at: float = 0.0
+    """On time.monotonic(), when it was committed"""
 
     def metrics(self) -> dict[str, float]:
         """`weights/…` by their names in metrics.jsonl."""
@@ -134,7 +138,10 @@ class Publisher:
             service.base = self._committed = packed
             self.version = version
         total_s = time.perf_counter() - started
-        return PublishTimes(total_s, times.transfer_s, times.pause_s, manifest.travels, changed, times.behind)
+        return PublishTimes(
+            total_s, times.transfer_s, times.pause_s, manifest.travels, changed, times.behind,
+            times.announce_s, times.commit_s, time.monotonic(),
+        )  # fmt: skip
 
     def forget(self) -> None:
         """The service is another process than before: it has nothing, and its workers are to be verified."""

@@ -1,12 +1,12 @@
-"""What a run leaves to read: metrics.jsonl, samples.jsonl, evals.jsonl, learning_curve.png, and the terminal's lines.
+"""What a run leaves to read: metrics, samples, evals, events and spans as NAME.jsonl, learning_curve.png, and the
+terminal's lines.
 
-Files are append-only, one JSON object a line; a resumed run goes on in them after dropping what lies behind its
-checkpoint.
+A resumed run goes on in the files after dropping what lies behind its checkpoint; only its events all stay, as they
+happened. Not here: writing them (`records.py`), what the events and spans are (`journal.py`).
 """
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -19,41 +19,57 @@ from rich.table import Table
 
 from rlx.learner.data import Prompt
 from rlx.learner.evaluation import Evaluation
+from rlx.learner.records import DEFAULT_MAX_BYTES, Make, Record, RecordFiles
 from rlx.learner.stream import StepBatch
 from rlx.wire import GroupResult, row_json
 
+_FLUSH_S = 10.0
+
 
 class RunFiles:
-    """The files of one run in `output_dir`, which is created here. `first_step`: where this run begins. Each of
-    `listeners` is told every record that is written: the name of its file (metrics, samples, evals) and what it has."""
+    """The files of one run in `output_dir`, which is created here. `first_step`: where this run begins. Every record is
+    written by a thread (`records.py`): calls return at once, and none raises because of a disk. Each of `listeners` is
+    told every record, in that thread: its file (metrics, samples, evals, events, spans) and what it has."""
 
-    def __init__(self, output_dir: Path, first_step: int):
+    def __init__(
+        self,
+        output_dir: Path,
+        first_step: int,
+        max_bytes: int = DEFAULT_MAX_BYTES,
+        say: Callable[[str], None] = lambda _: None,
+    ):
         output_dir.mkdir(parents=True, exist_ok=True)
-        self.output_dir = output_dir
-        self.listeners: list[Callable[[str, dict[str, Any]], None]] = []
-        for name in ("metrics", "samples"):
-            _keep_to(self._path(name), first_step)
-        _keep_to(self._path("evals"), first_step - 1)  # that of `first_step` is taken after its checkpoint, again
+        self.output_dir, self.records = output_dir, RecordFiles(output_dir, max_bytes, say)
+        self.listeners = self.records.listeners
+        for name in ("metrics", "samples", "spans"):
+            self.records.keep_to(name, first_step)
+        self.records.keep_to("evals", first_step - 1)  # that of `first_step` is taken after its checkpoint, again
+        self.records.keep_to("events", None if first_step else -1)
 
     def metrics(self, step: int, values: Mapping[str, float | str]) -> None:
-        self._append("metrics", {"step": step, "time": time.time(), **values})
+        record = {"step": step, "time": time.time(), **values}
+        self.records.put("metrics", lambda: [record])
 
     def samples(self, batch: StepBatch, count: int) -> None:
         """The first `count` episodes of a step, spread over its groups."""
-        advantages = batch.advantages.advantages.tolist()
-        size = len(batch.groups[0].episodes)
-        order = sorted(range(len(advantages)), key=lambda i: (i % size, i // size))[:count]
-        for place in sorted(order):
-            group = batch.groups[place // size]
-            record = _sample(batch.step + 1, batch.prompts[place // size], group, place % size)
-            self._append("samples", {**record, "advantage": advantages[place]})
+        self.records.put("samples", lambda: sample_records(batch, count))
 
     def evaluation(self, result: Evaluation) -> None:
-        self._append("evals", asdict(result))
+        self.records.put("evals", lambda: [asdict(result)])
 
-    def evaluations(self) -> list[dict[str, Any]]:
+    def event(self, record: Record) -> None:
+        self.records.put("events", lambda: [record])
+
+    def spans(self, make: Make) -> None:
+        self.records.put("spans", make)
+
+    def flush(self) -> None:
+        """Have all that was put on the disk, as before a checkpoint counts; goes on without that where it takes long."""
+        self.records.flush(_FLUSH_S)
+
+    def evaluations(self) -> list[Record]:
         """The records of evals.jsonl: this run's, and those of the run that it resumed."""
-        return _read(self._path("evals"))
+        return self._read("evals")
 
     def learning_curve(self) -> Path:
         """Mean reward per step and held-out reward, as a PNG."""
@@ -62,7 +78,7 @@ class RunFiles:
         matplotlib.use("Agg")
         from matplotlib import pyplot
 
-        rows, evals = _read(self._path("metrics")), self.evaluations()
+        rows, evals = self._read("metrics"), self.evaluations()
         figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
         axes.plot(
             [r["step"] for r in rows],
@@ -87,48 +103,28 @@ class RunFiles:
         pyplot.close(figure)
         return path
 
-    def _path(self, name: str) -> Path:
-        return self.output_dir / f"{name}.jsonl"
-
-    def _append(self, name: str, record: dict[str, Any]) -> None:
-        with self._path(name).open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(_without_nan(record), ensure_ascii=False, allow_nan=False) + "\n")
-        for listener in self.listeners:
-            listener(name, record)
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_bytes().splitlines()]  # of bytes: text has more kinds of line ends
-
-
-def _without_nan(value: Any) -> Any:
-    """`value` as strict JSON has it: None for what is not a finite number."""
-    if isinstance(value, dict):
-        return {key: _without_nan(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    def _read(self, name: str) -> list[Record]:
+        self.flush()
+        return list(self.records.read(name))
 
 
 def _number(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def _keep_to(path: Path, last_step: int) -> None:
-    """Drop the records after `last_step`, and a last line that a crash cut off."""
-    kept = []
-    if path.exists():
-        for line in path.read_bytes().splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:  # no JSON, or cut within a character
-                break
-            if record["step"] <= last_step:
-                kept.append(line)
-    path.write_bytes(b"".join(line + b"\n" for line in kept))
+def sample_records(batch: StepBatch, count: int) -> list[Record]:
+    """The first `count` episodes of a step, spread over its groups, in the order of those."""
+    advantages = batch.advantages.advantages.tolist()
+    size = len(batch.groups[0].episodes)
+    order = sorted(range(len(advantages)), key=lambda i: (i % size, i // size))[:count]
+    return [
+        _sample(batch.step + 1, batch.prompts[place // size], batch.groups[place // size], place % size)
+        | {"advantage": advantages[place]}
+        for place in sorted(order)
+    ]
 
 
-def _sample(step: int, prompt: Prompt, group: GroupResult, index: int) -> dict[str, Any]:
+def _sample(step: int, prompt: Prompt, group: GroupResult, index: int) -> Record:
     e = group.episodes[index]
     conversation = {} if e.completion is None else {"messages": e.completion}
     return {
@@ -148,7 +144,16 @@ def _sample(step: int, prompt: Prompt, group: GroupResult, index: int) -> dict[s
         "error": e.error,
         "columns": dict(prompt.columns),
         "worker": group.worker,
+        **_times(group),
     }
+
+
+def _times(group: GroupResult) -> Record:
+    """Seconds of each part, and when it was over by the service's clock."""
+    timings = {"generation_s": round(group.generation_s, 4), "reward_s": round(group.reward_s, 4)}
+    if (times := group.times) is None:
+        return {"timings": timings}
+    return {"timings": {"queued_s": round(times.placed - times.received, 4)} | timings, "group_times": asdict(times)}
 
 
 def evaluation_line(result: Evaluation) -> str:

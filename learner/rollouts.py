@@ -12,15 +12,15 @@ from urllib.parse import urlsplit
 import torch
 from rich.console import Console
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from rlx.config import Config, Plan
 from rlx.learner.best import BestModel
 from rlx.learner.checkpoints import ResumePoint
 from rlx.learner.courier import Waits
-from rlx.learner.data import Prompt
 from rlx.learner.evaluation import Evaluation, Evaluator
 from rlx.learner.feed import Feed
+from rlx.learner.job import Job
+from rlx.learner.journal import Journal
 from rlx.learner.ledger import Ledger, Rules
 from rlx.learner.model import rollout_dtype
 from rlx.learner.parity import make_probe
@@ -41,21 +41,15 @@ class Rollouts:
 
     def __init__(
         self,
-        config: Config,
-        plan: Plan,
+        job: Job,
         client: RolloutClient,
-        tokenizer: PreTrainedTokenizerBase,
-        prompts: list[Prompt],
-        held_out: list[Prompt],
-        total_steps: int,
-        resume: ResumePoint | None,
         files: RunFiles,
+        journal: Journal,
         recorder: Recorder | None,
-        console: Console,
     ):
-        self._recorder = recorder
-        session = uuid.uuid4().hex[:12]
-        self._client = client
+        config, plan, resume, prompts, held_out = job.config, job.plan, job.resume, job.prompts, job.held_out
+        self._client, self._recorder = client, recorder
+        self.session = session = uuid.uuid4().hex[:12]
         self.publisher = Publisher(
             client,
             rollout_dtype(config),
@@ -64,28 +58,31 @@ class Rollouts:
             transfer=config.async_.weight_transfer,
             lora_sync=config.lora_sync,
         )
-        best = BestModel(config, tokenizer, files.output_dir, resumed=resume is not None)
+        best = BestModel(config, job.tokenizer, files.output_dir, resumed=resume is not None)
 
         def on_evaluation(evaluation: Evaluation, packed: Packed) -> None:
             files.evaluation(evaluation)
+            line = evaluation_line(evaluation)
+            journal.evaluated(evaluation.step, line, evaluation.seconds, reward=evaluation.reward)
             best.consider(evaluation, packed)
-            console.print(evaluation_line(evaluation), highlight=False, markup=False, soft_wrap=True)
+            job.say(line)
 
         every = config.eval_steps
         self.feed = Feed(
             client,
             self.publisher,
             Evaluator(config, client, held_out, session) if held_out else None,
-            make_ledger(config, plan, total_steps, resume),
+            make_ledger(config, plan, job.total_steps, resume),
             session,
             waits_of(config, len(held_out)),
             request_of=partial(ticket_request, config, plan, prompts, prompt_order(config, len(prompts)), session),
             has_spread=partial(has_spread, config),
-            evaluates=lambda step: step in (0, total_steps) or (every is not None and step % every == 0),
+            evaluates=lambda step: step in (0, job.total_steps) or (every is not None and step % every == 0),
             on_evaluation=on_evaluation,
-            on_wait=say_waiting(config, console),
+            on_wait=say_waiting(config, job.console),
             patience_s=patience_s(config, len(held_out)),
             shares_cpu=not torch.cuda.is_available() and urlsplit(config.base_url).hostname in _THIS_MACHINE,
+            journal=journal,
         )
 
     def start(self) -> None:

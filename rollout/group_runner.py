@@ -14,7 +14,7 @@ from rlx.rollout.deadline import deadline
 from rlx.rollout.fleet import Member
 from rlx.rollout.statistics import GroupStatistics
 from rlx.rollout.worker import Episodes, Scorer, Worker
-from rlx.wire import GroupRequest, GroupResult, RewardOutcome
+from rlx.wire import GroupRequest, GroupResult, GroupTimes, RewardOutcome
 
 EPISODE_REWARD = "episode"
 """The name of the column of rewards that the episodes themselves give."""
@@ -52,7 +52,7 @@ class GroupRunner:
         """The scored group. When its worker is lost it is generated anew, whole, on the next that `assign` gives;
         `max_lost` workers at most, within the one deadline of the group."""
         seconds = min(request.deadline_s, self._group_timeout)
-        waiting_for = ""
+        waiting_for, received = "", time.time()
 
         def message() -> str:
             who = waiting_for or f"a worker ({self._describe()})"
@@ -64,7 +64,7 @@ class GroupRunner:
                 worker, waiting_for = "", ""
                 try:
                     async with assign(request) as member:
-                        worker, start = member.name, time.monotonic()
+                        worker, start, placed = member.name, time.monotonic(), time.time()
                         waiting_for = f"worker {worker}"
                         episodes = await self._episodes.run(member.worker, request)
                     break
@@ -75,8 +75,8 @@ class GroupRunner:
             generated = time.monotonic()
             waiting_for = f"{REWARDS} (trl.reward_funcs)"
             rewards, metrics = await self._scorer.score(request, episodes)
-        scored = time.monotonic()
-        self.statistics.add(episodes, rewards, generated - start, scored - generated)
+        generation_s, reward_s = generated - start, time.monotonic() - generated
+        self.statistics.add(episodes, rewards, generation_s, reward_s)
         if self._episodes.own_reward:
             rewards.append(_own_rewards(episodes))
         return GroupResult(
@@ -84,10 +84,17 @@ class GroupRunner:
             episodes=tuple(episodes),
             rewards=tuple(rewards),
             worker=worker,
-            generation_s=generated - start,
-            reward_s=scored - generated,
+            generation_s=generation_s,
+            reward_s=reward_s,
             metrics=metrics,
+            times=_times(received, placed, generation_s, reward_s),
         )
+
+
+def _times(received: float, placed: float, generation_s: float, reward_s: float) -> GroupTimes:
+    """Durations are of the monotonic clock, so that a clock that is set meanwhile turns nothing around."""
+    generated = placed + generation_s
+    return GroupTimes(*(round(at, 4) for at in (received, max(received, placed), generated, generated + reward_s)))
 
 
 def _with_earlier(error: ServiceUnavailable, lost: list[str]) -> ServiceUnavailable:

@@ -144,6 +144,11 @@ class Config(LoraKeys, TrackerKeys):
         description="Keep the weights of the best evaluation in output_dir/best, where there are held-out prompts.",
     )
     samples_per_step: int = Field(8, ge=0, description="Completions per step written to samples.jsonl.")
+    files_max_bytes: int = Field(
+        2**30,
+        ge=2**16,
+        description="Bytes that each of metrics.jsonl, samples.jsonl, evals.jsonl, events.jsonl and spans.jsonl may take, with its older parts (samples.1.jsonl to samples.3.jsonl); then the oldest part goes.",
+    )
     record_rollouts: bool = Field(
         False,
         description="Keep the groups of every step, in output_dir/rollouts, to train on them again with `replay`.",

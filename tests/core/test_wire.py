@@ -17,6 +17,7 @@ from rlx.episode import Episode, Row, StepReward
 from rlx.wire import (
     GroupRequest,
     GroupResult,
+    GroupTimes,
     RewardOutcome,
     Sampling,
     TensorSpec,
@@ -70,6 +71,8 @@ EPISODES = st.builds(
     attempts=st.integers(1, 3),
     exact=st.booleans(),
     error=st.text(),
+    process=st.text(),
+    turn_times=st.lists(st.tuples(FINITE, FINITE), max_size=3).map(tuple),
 )
 
 
@@ -91,6 +94,8 @@ def results(draw) -> GroupResult:
                 draw(st.sampled_from(["ok", "exception", "timeout", "crash", "invalid"])),
                 draw(st.integers(0, 4)),
                 draw(st.text()),
+                draw(st.text()),
+                draw(FINITE),
             )
             for name, seconds in rewards
         ),
@@ -98,6 +103,7 @@ def results(draw) -> GroupResult:
         generation_s=draw(SECONDS),
         reward_s=draw(SECONDS),
         metrics=draw(st.dictionaries(st.text(), FINITE, max_size=3)),
+        times=draw(st.none() | st.builds(GroupTimes, FINITE, FINITE, FINITE, FINITE)),
     )
 
 

@@ -30,12 +30,14 @@ def write(files: RunFiles, *steps: int) -> None:
     for step in steps:
         files.metrics(step, {"reward": step / 10})
         files.evaluation(evaluation(step, step / 10))
+    files.flush()
 
 
 def test_what_is_no_number_is_null_and_text_stays_readable(tmp_path: Path) -> None:
     files = RunFiles(tmp_path, 0)
     files.metrics(1, {"reward": math.nan, "grad_norm": math.inf, "loss": 0.5})
     files.evaluation(evaluation(0, math.nan))
+    files.flush()
     [metrics], [record] = lines(tmp_path / "metrics.jsonl"), lines(tmp_path / "evals.jsonl")
     assert (metrics["reward"], metrics["grad_norm"], metrics["loss"]) == (None, None, 0.5)
     assert (record["reward"], record["rewards"]) == (None, {"r": None, "other": None})
@@ -75,6 +77,7 @@ def test_a_line_that_a_crash_cut_off_is_dropped(tmp_path: Path) -> None:
 def test_the_table_compares_the_first_evaluation_with_the_last_also_of_a_resumed_run(tmp_path: Path) -> None:
     first = RunFiles(tmp_path, 0)
     first.evaluation(evaluation(0, 0.25))
+    first.flush()
     resumed = RunFiles(tmp_path, 5)
     resumed.evaluation(evaluation(9, 0.75, length=4.0))
     console = Console(width=120, record=True, quiet=False, file=(tmp_path / "table").open("w"))
@@ -140,6 +143,7 @@ def shown(files: RunFiles, console: Console, logs: dict) -> str:
     report.on_log(None, state, None, logs)
     report.on_log(None, state, None, {"train_runtime": 1.0})
     report.stop()
+    files.flush()
     printed: str = console.file.getvalue()  # type: ignore[attr-defined]
     return printed
 
