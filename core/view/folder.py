@@ -47,7 +47,7 @@ class FolderRun(Samples):
         return _json(self.folder / "run.json") or _from_checkpoints(self.folder)
 
     def history(self) -> History:
-        """As the files stand now; `evaluations` have their samples."""
+        """As the files stand now."""
         self._read()
         notes = [] if self._curves.count else [self._why_empty()]
         run = {**self.run_record(), "name": self.name, "output_dir": str(self.folder)}
@@ -77,22 +77,25 @@ class FolderRun(Samples):
             yield name
 
     def _read(self) -> None:
-        void, records = self._metrics.new()
-        if void or not self._generation:
-            self._curves, self._generation = Curves(), uuid.uuid4().hex
-        for record in records:
-            self._curves.add(record)
-        void, records = self._evals.new()
-        if void:
-            self._evaluations, self._generation = [], uuid.uuid4().hex
-        self._evaluations += [_without_most_samples(record) for record in records]
-        void, records = self._events.new()
-        if void:
-            self._newest_events.clear()
-            self._num_events, self._generation = 0, uuid.uuid4().hex
-        for record in records:
-            self._newest_events.append(record)
-            self._num_events += 1
+        if not self._generation:
+            self._forget_metrics()
+        self._metrics.follow(self._forget_metrics, lambda record: self._curves.add(record))
+        self._evals.follow(self._forget_evaluations, lambda record: self._evaluations.append(_without_samples(record)))
+        self._events.follow(self._forget_events, self._take_event)
+
+    def _forget_metrics(self) -> None:
+        self._curves, self._generation = Curves(), uuid.uuid4().hex
+
+    def _forget_evaluations(self) -> None:
+        self._evaluations, self._generation = [], uuid.uuid4().hex
+
+    def _forget_events(self) -> None:
+        self._newest_events.clear()
+        self._num_events, self._generation = 0, uuid.uuid4().hex
+
+    def _take_event(self, record: dict[str, Any]) -> None:
+        self._newest_events.append(record)
+        self._num_events += 1
 
     def _why_empty(self) -> str:
         if not parts(self.folder, "metrics"):
@@ -114,7 +117,7 @@ def check_folder(folder: Path) -> Path:
     return folder
 
 
-def _without_most_samples(record: dict[str, Any]) -> dict[str, Any]:
+def _without_samples(record: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in record.items() if name != "samples"}
 
 

@@ -62,11 +62,11 @@ class _File:
     """One file: `older` is indexed from where it ended at first sight towards its beginning, `newer` as it grows."""
 
     def __init__(self, number: int, path: Path, stream: BinaryIO):
-        status = os.fstat(stream.fileno())
         self.number, self.path = number, path
         self.older, self.newer = _Columns(), _Columns()
-        self.top = Followed((status.st_dev, status.st_ino))
-        self.top.move(stream, _last_line_end(stream, status.st_size))
+        self.inode = inode_of(stream)
+        self.top = Followed()
+        self.top.move(stream, _last_line_end(stream))
         self.bottom = self.top.offset
 
     def grow(self, stream: BinaryIO) -> None:
@@ -81,9 +81,10 @@ class _File:
             self.top.move(stream, end)
 
     def dig(self, stream: BinaryIO, until: float) -> None:
-        """Index further towards the beginning, block by block, until `until` of time.monotonic() or the beginning."""
+        """Index further towards the beginning, block by block, until `until` of time.monotonic() or the beginning; at
+        first until there is a sample."""
         size = _BLOCK
-        while self.bottom > 0 and time.monotonic() < until:
+        while self.bottom > 0 and (time.monotonic() < until or not self.older.places):
             begin = max(0, self.bottom - size)
             stream.seek(begin)
             block = stream.read(self.bottom - begin)
@@ -151,11 +152,11 @@ class SampleFiles(Samples):
                     ordered.append(self._seen(path, stream))
             except FileNotFoundError:  # rotated away just now
                 continue
-        self._files = {file.top.device_and_inode: file for file in ordered}
+        self._files = {file.inode: file for file in ordered}
         return ordered
 
     def _seen(self, path: Path, stream: BinaryIO) -> _File:
-        file = self._files.get(inode_of(path))
+        file = self._files.get(inode_of(stream))
         if file is None or not file.top.is_same(stream):
             file = _File(self._next, path, stream)
             self._next += 1
@@ -164,9 +165,9 @@ class SampleFiles(Samples):
         return file
 
 
-def _last_line_end(stream: BinaryIO, size: int) -> int:
+def _last_line_end(stream: BinaryIO) -> int:
     """Behind the last newline."""
-    end = size
+    end = stream.seek(0, os.SEEK_END)
     while end > 0:
         begin = max(0, end - _BLOCK)
         stream.seek(begin)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from pydantic_core import from_json
 
@@ -28,81 +29,74 @@ def parts(folder: Path, name: str) -> list[Path]:
 
 @dataclass
 class Followed:
-    """How far a file was read. Its inode names it: rotation renames it."""
+    """How far a file was read."""
 
-    device_and_inode: tuple[int, int]
     offset: int = 0
     mark: bytes = b""
 
-    def is_same(self, stream: Any) -> bool:
+    def is_same(self, stream: BinaryIO) -> bool:
         """Whether what was read is still there."""
         if os.fstat(stream.fileno()).st_size < self.offset:
             return False
         stream.seek(self.offset - len(self.mark))
         return stream.read(len(self.mark)) == self.mark
 
-    def move(self, stream: Any, offset: int) -> None:
+    def move(self, stream: BinaryIO, offset: int) -> None:
         self.offset = offset
         start = max(0, offset - _MARK)
         stream.seek(start)
         self.mark = stream.read(offset - start)
 
 
-def inode_of(path: Path) -> tuple[int, int]:
-    status = path.stat()
+def inode_of(stream: BinaryIO) -> tuple[int, int]:
+    """With the device: what names a file through rotation."""
+    status = os.fstat(stream.fileno())
     return status.st_dev, status.st_ino
 
 
 class Tail:
-    """The whole lines of NAME.jsonl and its older parts. Each call of `new` gives what came since the one before."""
+    """The whole lines of NAME.jsonl and its older parts. Each call of `follow` gives what came since the one before."""
 
     def __init__(self, folder: Path, name: str):
         self._folder, self._name = folder, name
         self._followed: dict[tuple[int, int], Followed] = {}
+        self._newest: tuple[int, int] | None = None
 
-    def new(self) -> tuple[bool, Iterator[dict[str, Any]]]:
-        """Whether all before is void, and the new records, oldest first. The iterator must be exhausted. Lines that are
-        no JSON objects, and a last one without its newline, are left out."""
-        paths = parts(self._folder, self._name)
-        void = not self._holds(paths)
-        if void:
-            self._followed = {}
-        return void, self._read(paths)
+    def follow(self, forget: Callable[[], None], take: Callable[[dict[str, Any]], None]) -> None:
+        """Give `take` the records that are new, oldest first, after `forget` where all before is void. Lines that are no
+        JSON objects, and a last one without its newline, are left out."""
+        with ExitStack() as opened:
+            try:
+                streams = [opened.enter_context(path.open("rb")) for path in parts(self._folder, self._name)]
+            except FileNotFoundError:  # rotated just now: next time
+                return
+            by_inode = {inode_of(stream): stream for stream in streams}
+            if not self._holds(by_inode):
+                self._followed = {}
+                forget()
+            self._newest = next(reversed(by_inode), None)
+            for inode, stream in by_inode.items():
+                for record in self._read(inode, stream):
+                    take(record)
 
-    def _holds(self, paths: list[Path]) -> bool:
-        """A part that rotation dropped does not matter; one that shrank or changed does."""
-        here: set[tuple[int, int]] = set()
-        for path in paths:
-            with path.open("rb") as stream:
-                status = os.fstat(stream.fileno())
-                key = status.st_dev, status.st_ino
-                here.add(key)
-                if key in self._followed and not self._followed[key].is_same(stream):
-                    return False
-        gone = [key for key in self._followed if key not in here]
-        if gone and (not paths or set(gone) == set(self._followed)):
-            return False
-        for key in gone:
-            del self._followed[key]
-        return True
+    def _holds(self, by_inode: Mapping[tuple[int, int], BinaryIO]) -> bool:
+        """That the oldest part went does not matter; that the newest did, or one shrank or changed, does."""
+        return (self._newest is None or self._newest in by_inode) and all(
+            inode not in self._followed or self._followed[inode].is_same(stream) for inode, stream in by_inode.items()
+        )
 
-    def _read(self, paths: list[Path]) -> Iterator[dict[str, Any]]:
-        for path in paths:
-            with path.open("rb") as stream:
-                status = os.fstat(stream.fileno())
-                key = status.st_dev, status.st_ino
-                followed = self._followed.setdefault(key, Followed(key))
-                if status.st_size == followed.offset:
-                    continue
-                stream.seek(followed.offset)
-                end = followed.offset
-                for line in stream:
-                    if not line.endswith(b"\n"):
-                        break
-                    end += len(line)
-                    if (record := parsed(line)) is not None:
-                        yield record
-                followed.move(stream, end)
+    def _read(self, inode: tuple[int, int], stream: BinaryIO) -> Iterator[dict[str, Any]]:
+        followed = self._followed.setdefault(inode, Followed())
+        stream.seek(followed.offset)
+        end = followed.offset
+        for line in stream:
+            if not line.endswith(b"\n"):
+                break
+            end += len(line)
+            if (record := parsed(line)) is not None:
+                yield record
+        if end > followed.offset:
+            followed.move(stream, end)
 
 
 def parsed(line: bytes) -> dict[str, Any] | None:
