@@ -2,7 +2,7 @@
 
 Beside it, in the same run: raw uvicorn (an ASGI function) and FastAPI (one route), which read a body of the same size,
 sleep as long and answer with as many bytes as the gateway does. Each server is a process of its own; one client
-process sends the same request to all, over its own HTTP, so that it is not the slower side. A request of the gateway
+process sends the same request to all, over its own HTTP, so that it is not the slower side. CPU: of the server. A request of the gateway
 is a group: decoded, routed to one of 8 workers, generated, scored, encoded. Limit: raw uvicorn.
 """
 
@@ -32,7 +32,7 @@ from rlx.config.sections import ServiceSection
 from rlx.envs.single_turn import SingleTurn
 from rlx.rollout.app import create_app
 from rlx.rollout.engine_worker import EngineWorker
-from rlx.rollout.gateway import serving
+from rlx.rollout.gateway import quiet_collector, serving
 from rlx.rollout.service import RolloutService
 from rlx.wire import CONTENT_TYPE, GroupRequest, Sampling
 
@@ -61,7 +61,9 @@ async def serve(kind: str, listener: socket.socket, answer_bytes: int) -> None:
         app.add_api_route("/lag", lag.take)
         async with serving(app, listener):
             await service.start()
+            quiet_collector()
             await asyncio.Event().wait()
+    quiet_collector()
     body = b"x" * answer_bytes
     application = fast_api(body, lag) if kind == "fastapi" else raw(body, lag)
     config = uvicorn.Config(application, log_config=None, access_log=False, lifespan="off", backlog=4096)
@@ -146,7 +148,7 @@ class Load:
         self.begin = time.perf_counter() + warm_up
         self.end = self.begin + seconds
         self.latencies: list[float] = []
-        self.errors, self.length = 0, 0
+        self.errors, self.length, self.num_answered = 0, 0, 0
 
     def next_request(self) -> bytes:
         self._count += 1
@@ -154,6 +156,7 @@ class Load:
 
     def answered(self, sent: float, ok: bool, length: int) -> None:
         self.errors += not ok
+        self.num_answered += 1
         self.length = length
         if self.begin <= (now := time.perf_counter()) <= self.end:
             self.latencies.append(now - sent)
@@ -172,7 +175,7 @@ def measure(url: str, concurrent: int, seconds: float) -> dict[str, float]:
         await asyncio.gather(*ends)
         return load
 
-    httpx.get(f"{url}/lag")
+    cpu_s = httpx.get(f"{url}/lag").json()["cpu_s"]
     gc.disable()
     load = uvloop.run(run())
     gc.enable()
@@ -184,6 +187,7 @@ def measure(url: str, concurrent: int, seconds: float) -> dict[str, float]:
         "p99_ms": 1000 * found[int(len(found) * 0.99)],
         "errors": load.errors,
         "bytes": load.length,
+        "cpu_us": 1e6 * (lag["cpu_s"] - cpu_s) / load.num_answered,
         "lag_p99_ms": 1000 * lag["p99"],
         "lag_max_ms": 1000 * lag["max"],
     }
@@ -234,9 +238,10 @@ def table(servers: dict[str, str], concurrent: int, repeats: int, seconds: float
     for name, runs in found.items():
         told = {key: spread([run[key] for run in runs], 0 if key == "req_s" else 1) for key in ("req_s", "p99_ms")}
         ratio = statistics.median(r["req_s"] / b["req_s"] for r, b in zip(runs, found["raw uvicorn"], strict=True))
-        lag = statistics.median(run["lag_p99_ms"] for run in runs)
+        lag, cpu = (statistics.median(run[key] for run in runs) for key in ("lag_p99_ms", "cpu_us"))
         print(
             f"  {name:12} {told['req_s']:24} req/s  p99 {told['p99_ms']:24} ms  loop lag p99 {lag:7.1f} ms  "
+            f"CPU {cpu:5.0f} µs/request  "
             f"errors {sum(run['errors'] for run in runs):.0f}  ÷ raw {ratio:.2f}", flush=True,
         )  # fmt: skip
     return {"concurrent": concurrent, **found}

@@ -95,8 +95,10 @@ class LoopLag:
             self._late.append(time.perf_counter() - due)
 
     def take(self) -> dict[str, float]:
+        """Seconds; `cpu_s` of this process since it began."""
         late, self._late = sorted(self._late), []
-        return {"p50": late[len(late) // 2], "p99": late[int(len(late) * 0.99)], "max": late[-1]} if late else {}
+        found = {"p50": late[len(late) // 2], "p99": late[int(len(late) * 0.99)], "max": late[-1]} if late else {}
+        return {**found, "cpu_s": time.process_time()}
 
 
 # --- running ----------------------------------------------------------------------------------------------------------

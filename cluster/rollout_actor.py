@@ -20,6 +20,7 @@ from rlx.errors import ServiceUnavailable
 from rlx.processes import alive, start_of
 from rlx.rollout.engine import Engine
 from rlx.rollout.engine_worker import EngineWorker
+from rlx.rollout.gateway import quiet_collector
 from rlx.rollout.worker import WorkerStatus
 from rlx.wire import Completion, Sampling, WeightManifest
 
@@ -74,6 +75,7 @@ class RolloutActor:
             await _gone(before)
         worker = EngineWorker(self._name, self._build_engine())
         await worker.start()
+        quiet_collector()
         self._worker = worker
         if self._direct is None:
             return ""

@@ -33,7 +33,7 @@ from rlx.rollout.app import create_app
 from rlx.rollout.auth import service_token
 from rlx.rollout.direct import Leases
 from rlx.rollout.direct_app import add_routes
-from rlx.rollout.gateway import bind, serving
+from rlx.rollout.gateway import bind, quiet_collector, serving
 from rlx.rollout.service import RolloutService
 from rlx.rollout.worker import Worker
 
@@ -74,6 +74,7 @@ async def serve(config: Config, *, engine: EngineFactory = vllm_engine, on_progr
         try:
             if not await stop.or_done(_load(runtime, service, workers, stop, on_progress)):
                 return 128 + stop.signal
+            quiet_collector()
             if config.vllm.needs_token:
                 on_progress(
                     f"note: {config.vllm.host} can be reached from other machines; every request needs the token of "

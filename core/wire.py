@@ -13,6 +13,7 @@ import operator
 import struct
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
+from functools import cache
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -23,6 +24,7 @@ from rlx.errors import ServiceError
 CONTENT_TYPE = "application/x-rlx"
 _MAGIC = b"RLX1"
 _MALFORMED = (KeyError, TypeError, ValueError, OverflowError)
+_ENCODER = json.JSONEncoder(separators=(",", ":"))
 _DTYPES: dict[str, np.dtype[Any]] = {"i4": np.dtype("<i4"), "f4": np.dtype("<f4"), "u1": np.dtype("u1")}
 
 
@@ -41,7 +43,7 @@ def encode_frame(header: Mapping[str, Any], blocks: Mapping[str, np.ndarray]) ->
             )
         table.append([name, code, array.size])
         payload.append(np.ascontiguousarray(array, dtype=_DTYPES[code]).data)
-    head = json.dumps({**header, "blocks": table}, separators=(",", ":")).encode()
+    head = _ENCODER.encode({**header, "blocks": table}).encode()
     return b"".join([_MAGIC, struct.pack("<I", len(head)), head, *payload])
 
 
@@ -294,12 +296,18 @@ def _episode_head(episode: Episode) -> dict[str, Any]:
 
 def _without_defaults(value: Any, hidden: tuple[str, ...]) -> dict[str, Any]:
     """The fields of a dataclass that say something, as JSON values."""
-    default = {f.name: f.default_factory() if f.default_factory is not MISSING else f.default for f in fields(value)}
+    default = _defaults(value.__class__)
     items = {name: getattr(value, name) for name in default if name not in hidden}
-    items = {name: item for name, item in items.items() if default[name] is MISSING or item != default[name]}
+    items = {name: item for name, item in items.items() if item != default[name]}
     if "step_rewards" in items:
         items["step_rewards"] = [asdict(step) for step in items["step_rewards"]]
     return {name: dict(item) if isinstance(item, Mapping) else item for name, item in items.items()}
+
+
+@cache
+def _defaults(kind: type) -> dict[str, Any]:
+    """Of each field of a dataclass; MISSING, which equals nothing, where it has none."""
+    return {f.name: f.default_factory() if f.default_factory is not MISSING else f.default for f in fields(kind)}
 
 
 class _Cursor:

@@ -14,7 +14,6 @@ never told of it. Bodies, errors and the token are `http_bodies.py`'s.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -22,9 +21,8 @@ import numpy as np
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
 
+from rlx.rollout.group_app import GroupApp
 from rlx.rollout.http_bodies import (
-    answer_errors,
-    answer_group,
     by_loopback_name,
     field,
     json_object,
@@ -44,31 +42,15 @@ from rlx.wire import CONTENT_TYPE, WeightManifest, WireError, decode_frame, enco
 def create_app(service: RolloutService, token: str | None, require_token_for_data: bool) -> FastAPI:
     """The app around `service`. `token` opens the control plane; also the data plane when that needs it."""
     guarded = [Depends(with_token(token))]
-    app = FastAPI(title="rlx rollout service", docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_route(
-        "/v1/rollouts", _rollouts(service, with_token(token) if require_token_for_data else None), methods=["POST"]
-    )
-    app.include_router(_data_plane(service), dependencies=guarded if require_token_for_data else [])
+    check_data = [with_token(token)] if require_token_for_data else []
+    app = GroupApp("rlx rollout service", service.rollout, [*check_data, of_session(service.check_session)])
+    app.include_router(_data_plane(service), dependencies=[Depends(check) for check in check_data])
     app.include_router(_control_plane(service), dependencies=guarded)
     reader = with_token(token) if require_token_for_data else by_loopback_name
     app.include_router(_metrics(service), dependencies=[Depends(reader)])
     app.include_router(view_router([service.observations.store], authorize=reader))
     app.add_api_route("/health", _health(service), methods=["GET"])
-    answer_errors(app)
     return app
-
-
-def _rollouts(service: RolloutService, check_token: Callable[[Request], Awaitable[None]] | None) -> Any:
-    """The busiest route, as Starlette has it: FastAPI's would take a third of the gateway's time for each request."""
-    check_session = of_session(service.check_session)
-
-    async def rollouts(request: Request) -> Response:
-        if check_token is not None:
-            await check_token(request)
-        await check_session(request)
-        return await answer_group(request, service.rollout)
-
-    return rollouts
 
 
 def _health(service: RolloutService) -> Any:

@@ -8,12 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response
 
 from rlx.rollout.direct import Leases, WorkerGroups
+from rlx.rollout.group_app import GroupApp
 from rlx.rollout.http_bodies import (
-    answer_errors,
-    answer_group,
     json_object,
     json_response,
     of_session,
@@ -25,16 +24,7 @@ from rlx.wire import GroupRequest, Sampling, WireError
 
 def worker_app(groups: WorkerGroups, token: str | None, require_token: bool) -> FastAPI:
     """The endpoint of one worker."""
-    app = FastAPI(title="rlx rollout worker", docs_url=None, redoc_url=None, openapi_url=None)
-    router = APIRouter(prefix="/v1", dependencies=[Depends(with_token(token))] if require_token else [])
-
-    @router.post("/rollouts")
-    async def rollouts(request: Request) -> Response:
-        return await answer_group(request, groups.rollout)
-
-    app.include_router(router)
-    answer_errors(app)
-    return app
+    return GroupApp("rlx rollout worker", groups.rollout, [with_token(token)] if require_token else [])
 
 
 def add_routes(app: FastAPI, leases: Leases, token: str | None, require_token: bool) -> None:

@@ -52,10 +52,14 @@ def of_session(check: Callable[[str | None], None]) -> Callable[[Request], Await
 
 def answer_errors(app: FastAPI) -> None:
     """Errors in the form of `http_errors`."""
-    app.add_exception_handler(RlxError, _answer_error)
-    app.add_exception_handler(HTTPException, _answer_http_error)
-    app.add_exception_handler(ClientDisconnect, _answer_nobody)
-    app.add_exception_handler(Exception, _answer_bug)
+    for kind, answer in _ANSWERS.items():
+        app.add_exception_handler(kind, answer)
+
+
+async def answer_of_error(request: Request, error: Exception) -> tuple[Response, bool]:
+    """The same without an app; and whether it is known, no defect of ours."""
+    kind = next(kind for kind in _ANSWERS if isinstance(error, kind))
+    return await _ANSWERS[kind](request, error), kind is not Exception
 
 
 async def answer_group(request: Request, rollout: Callable[[GroupRequest], Awaitable[GroupResult]]) -> Response:
@@ -140,3 +144,11 @@ async def _answer_bug(_: Request, error: Exception) -> Response:
     """A defect of the service; uvicorn logs its traceback."""
     message = f"the rollout service has a defect, its log has the traceback: {type(error).__name__}: {error}"
     return json_response({"error": {"type": "ServiceError", "message": message}}, 500)
+
+
+_ANSWERS: dict[type[Exception], Callable[[Request, Exception], Awaitable[Response]]] = {
+    RlxError: _answer_error,
+    HTTPException: _answer_http_error,
+    ClientDisconnect: _answer_nobody,
+    Exception: _answer_bug,
+}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import socket
 import stat
@@ -30,7 +31,8 @@ from rlx.rollout import http_bodies, weights_store
 from rlx.rollout.auth import service_token
 from rlx.rollout.engine_worker import EngineWorker
 from rlx.rollout.fake_engine import FakeEngine
-from rlx.rollout.gateway import bind
+from rlx.rollout.gateway import bind, quiet_collector
+from rlx.rollout.group_app import GroupApp
 from rlx.wire import CONTENT_TYPE, GroupResult, Sampling, decode_frame, encode_frame
 
 FRAME = {"content-type": CONTENT_TYPE}
@@ -486,6 +488,49 @@ async def test_the_port_is_free_after_the_gateway_ends():
         async with on_http(service) as url:
             port = int(url.rsplit(":", 1)[1])
         bind("127.0.0.1", port).close()
+
+
+def test_a_quiet_collector_leaves_alone_what_was_loaded_and_a_thousand_requests_in_flight():
+    before, runs = gc.get_threshold(), []
+
+    def watch(phase, info):
+        runs.append(info)
+
+    try:
+        quiet_collector()
+        assert gc.get_freeze_count() > 10_000
+        gc.callbacks.append(watch)
+        in_flight = [[i] for i in range(60_000)]
+        assert not runs
+        in_flight += [[i] for i in range(60_000)]
+        assert runs, "cycles are still found, in the end"
+    finally:
+        gc.callbacks.remove(watch)
+        gc.unfreeze()
+        gc.set_threshold(*before)
+
+
+async def test_a_defect_is_raised_for_the_log_after_its_answer():
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    async def defect(group):
+        raise ZeroDivisionError("oops")
+
+    app = GroupApp("app", defect, [])
+    body = json.dumps(PEOPLE).encode()
+    receive = iter([{"type": "http.request", "body": body}]).__next__
+
+    async def received():
+        return receive()
+
+    headers = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/rollouts", "headers": headers}
+    with pytest.raises(ZeroDivisionError):
+        await app(scope, received, send)
+    assert sent[0]["status"] == 500
 
 
 def test_the_token_is_made_once_private_and_shared(monkeypatch, tmp_path):
