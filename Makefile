@@ -5,7 +5,7 @@ BIN := .venv/bin
 TORCH := 2.13.0
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: quickstart install reasoning-gym openenv test test-fast check docs clean
+.PHONY: quickstart install reasoning-gym openenv programs test test-fast check docs clean
 
 quickstart: install
 	@$(BIN)/python examples/quickstart/make_model.py --out examples/quickstart/out
@@ -38,7 +38,12 @@ openenv: .venv-openenv/installed
 	@.venv-openenv/bin/python -m pip --disable-pip-version-check install -q --no-deps -r requirements/openenv.txt
 	@touch .venv-openenv/installed
 
-test: install reasoning-gym openenv
+# What the tests run beside Python.
+programs:
+	@for p in $$(cat .ci/debian); do command -v $$p >/dev/null || { \
+	  echo "the tests need $$p; type: apt-get install --no-install-recommends $$(xargs < .ci/debian)" >&2; exit 1; }; done
+
+test: programs install reasoning-gym openenv
 	@$(BIN)/python -m pytest
 
 test-fast: install reasoning-gym

@@ -15,7 +15,9 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import httpx
 import ray
 
 from rlx.cluster.layout import Inventory, Layout, plan_layout, this_machine, too_few_devices
@@ -27,7 +29,7 @@ from rlx.processes import descendants, end_processes, is_free
 PLACEMENT_TIMEOUT_S = 60.0
 # Ray's sockets live below it, and a socket's path may have 107 characters.
 _TEMP_ROOT, _TEMP_PREFIX = Path("/tmp"), "rlx-ray-"
-_STOP_GRACE_S = 5.0
+_STOP_GRACE_S, _ASK_S = 5.0, 10.0
 _ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 # Ray announces each time that it asks for its token (~/.ray/auth_token), which is what we want.
 logging.getLogger("ray").setLevel(logging.ERROR)
@@ -39,7 +41,7 @@ class RayRuntime:
     def __init__(self, config: Config):
         self.layout: Layout | None = None
         self._reservations: dict[int, Reservation] = {}
-        self.dashboard_url = ""
+        self.dashboard_url = self.session_dir = ""
         self._config = config
         self._temp_dir: Path | None = None
         self._lock = -1
@@ -77,7 +79,7 @@ class RayRuntime:
     def reservation(self, index: int) -> Reservation:
         """Of the devices of engine `index`; an engine beyond the first ones asks for its own when it starts."""
         assert self.layout is not None, "start comes first"
-        return self._reservations.setdefault(index, Reservation(self.layout.bundle))
+        return self._reservations.setdefault(index, Reservation(self.layout.bundle, f"rlx-engine-{index}"))
 
     def stop(self) -> None:
         """Give everything back: reservations, connection, and the Ray that was started here. Idempotent."""
@@ -97,12 +99,14 @@ class RayRuntime:
         if (
             cluster.dashboard
             and cluster.dashboard_port is not None
-            and not is_free("127.0.0.1", cluster.dashboard_port)
+            and not is_free(cluster.dashboard_host, cluster.dashboard_port)
         ):
             raise ConfigError(
                 f"{self._config.path}: cluster.dashboard_port: port {cluster.dashboard_port} is in use. Write another, or "
                 "remove the key and a free one is taken."
             )
+        if cluster.dashboard:
+            _check_dashboard_host(self._config)
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         _remove_leftovers()
@@ -116,7 +120,7 @@ class RayRuntime:
                     num_cpus=inventory.cpus,
                     num_gpus=len(layout.service_gpus),
                     include_dashboard=cluster.dashboard,
-                    dashboard_host="127.0.0.1",
+                    dashboard_host=cluster.dashboard_host,
                     dashboard_port=cluster.dashboard_port,
                     object_store_memory=cluster.object_store_mib * 2**20,
                     logging_level="error",
@@ -127,7 +131,25 @@ class RayRuntime:
                 logs = f"{self._temp_dir}/session_latest/logs"
                 raise ServiceError(f"Ray did not start: {_first_line(error)} Its logs: {logs}") from error
         self.layout = layout
-        self.dashboard_url = _url(context.dashboard_url)
+        self._know(context)
+        if cluster.dashboard and not cluster.dashboard_is_local:
+            self._require_token()
+        ours = Path(self._config.output_dir).absolute() / "logs"
+        (Path(self.session_dir) / "logs" / "rlx").symlink_to(ours)  # Ray's dashboard shows them with its own
+
+    def _require_token(self) -> None:
+        """ServiceError, with Ray ended, unless the dashboard asks for Ray's token."""
+        try:
+            answer = httpx.get(f"{self.dashboard_url}/api/authentication_mode", timeout=_ASK_S)
+            asks = answer.is_success and answer.json().get("authentication_mode") == "token"
+        except httpx.HTTPError:
+            asks = False
+        if not asks:
+            self.stop()
+            raise ServiceError(
+                f"cluster.dashboard_host: {self._config.cluster.dashboard_host}: this Ray ({ray.__version__}) does not ask for "
+                "a token, and its job API runs commands for anybody who reaches it; write 127.0.0.1"
+            )
 
     def _join(self, address: str) -> None:
         if address.startswith("ray://"):
@@ -144,7 +166,11 @@ class RayRuntime:
                 "`ray start --head`, or unset RAY_ADDRESS and rlx starts its own."
             ) from error
         self.layout = _plan_on_cluster(self._config, address)
-        self.dashboard_url = _url(context.dashboard_url)
+        self._know(context)
+
+    def _know(self, context: Any) -> None:
+        self.dashboard_url = f"http://{context.dashboard_url}" if context.dashboard_url else ""
+        self.session_dir = str(context.address_info["session_dir"])
 
     def _shutdown(self) -> None:
         """Disconnect; then nothing runs below this process that did not run before `start`."""
@@ -164,6 +190,17 @@ def _plan_on_cluster(config: Config, address: str) -> Layout:
     if sum(count // layout.devices_per_engine for count in counts) < layout.num_engines:
         raise too_few_devices(config, layout.resource, max(counts), f"the largest node of {place}")
     return layout
+
+
+def _check_dashboard_host(config: Config) -> None:
+    """On an address that others reach, Ray asks for its token unless RAY_AUTH_MODE says otherwise."""
+    host, mode = config.cluster.dashboard_host, os.environ.get("RAY_AUTH_MODE", "token")
+    if not config.cluster.dashboard_is_local and mode.lower() != "token":
+        raise ConfigError(
+            f"{config.path}: cluster.dashboard_host: {host} can be reached from other machines, RAY_AUTH_MODE={mode} switches "
+            "Ray's token off, and Ray's job API runs commands for anybody who reaches it. Unset RAY_AUTH_MODE, or write "
+            "cluster.dashboard_host: 127.0.0.1."
+        )
 
 
 @contextmanager
@@ -192,10 +229,6 @@ def _remove_leftovers() -> None:
             pass
         finally:
             os.close(lock)
-
-
-def _url(address: str | None) -> str:
-    return f"http://{address}" if address else ""
 
 
 def _first_line(error: BaseException) -> str:

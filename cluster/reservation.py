@@ -4,6 +4,7 @@ one. Ray's autoscaler sees one that waits; one whose node died goes back to wait
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import Callable
 
@@ -22,10 +23,12 @@ _FIRST_LOOK_S, _TELLING_S, _LOOK_S = 0.05, 0.2, 1.0
 
 
 class Reservation:
-    """`ask` → `wait` → `strategy` for the actor → `release`; after that it may begin again."""
+    """`ask` → `wait` → `strategy` for the actor → `release`; after that it may begin again. `name` is what Ray's dashboard
+    calls it."""
 
-    def __init__(self, bundle: dict[str, float]):
+    def __init__(self, bundle: dict[str, float], name: str):
         self.bundle = bundle
+        self._name, self._lives = name, itertools.count()
         self._group: PlacementGroup | None = None
 
     @property
@@ -35,7 +38,8 @@ class Reservation:
     def ask(self) -> None:
         """Ask Ray for the devices, unless that was done."""
         if self._group is None:
-            self._group = placement_group([self.bundle])
+            life = next(self._lives)  # the one before may still be there, with its name
+            self._group = placement_group([self.bundle], name=f"{self._name}.{life}" if life else self._name)
 
     def release(self) -> None:
         """Give the devices back, which ends what runs on them, or stop asking. Idempotent."""

@@ -23,6 +23,8 @@ from rlx.cluster.direct import DirectSettings
 from rlx.cluster.engines import EngineFactory, vllm_engine
 from rlx.cluster.progress import EVENT, WARNING, Say, say, shown
 from rlx.cluster.ray_episodes import RayEpisodes
+from rlx.cluster.ray_metrics import RayMetrics
+from rlx.cluster.ray_routes import add_ray_routes
 from rlx.cluster.ray_runtime import RayRuntime
 from rlx.cluster.ray_scorer import RayScorer
 from rlx.cluster.ray_worker import RayWorker, WeightParcel
@@ -34,6 +36,8 @@ from rlx.rollout.auth import service_token
 from rlx.rollout.direct import Leases
 from rlx.rollout.direct_app import add_routes
 from rlx.rollout.gateway import bind, quiet_collector, serving
+from rlx.rollout.http_bodies import for_readers
+from rlx.rollout.metrics import readings
 from rlx.rollout.service import RolloutService
 from rlx.rollout.worker import Worker
 
@@ -70,7 +74,10 @@ async def serve(config: Config, *, engine: EngineFactory = vllm_engine, on_progr
         make_worker=make_worker,
     )
     service.fleet.on_event = lambda line: on_progress(f"{EVENT}{line}")
-    async with serving(gateway_app(config, service, token), listener) as url:
+    app = gateway_app(config, service, token)
+    add_ray_routes(app, runtime, for_readers(token, config.vllm.needs_token))
+    async with serving(app, listener) as url:
+        metrics = RayMetrics(lambda: readings(service), on_progress)
         try:
             if not await stop.or_done(_load(runtime, service, workers, stop, on_progress)):
                 return 128 + stop.signal
@@ -83,10 +90,12 @@ async def serve(config: Config, *, engine: EngineFactory = vllm_engine, on_progr
             if runtime.dashboard_url:
                 on_progress(f"dashboard: {runtime.dashboard_url} (asks for the token that `ray get-auth-token` prints)")
             on_progress(f"ready: {url}, {_count(len(workers), 'worker')}, version {service.fleet.weight_version}")
+            metrics.start()
             await stop.asked()
             on_progress("stopping: waiting for the running groups")
             return 0
         finally:
+            await metrics.close()
             await service.drain(config.service.drain_timeout)
             await _to_its_end(runtime.stop)
             on_progress("stopped")

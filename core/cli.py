@@ -8,10 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from rlx import __version__, cli_runs
-from rlx.cli_parts import guarded, load
-
-_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
-_EPILOG = "Any key of the YAML can be given here too: --trl.beta 0.01 --vllm.port 8001 --learning_rate 1e-5"
+from rlx.cli_parts import EPILOG, OVERRIDES, ConfigPath, guarded, load
 
 app = typer.Typer(
     help="GRPO with vLLM rollout workers on Ray and a separate learner, from one YAML.",
@@ -21,7 +18,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML of the run.")]
 Processes = Annotated[int, typer.Option("--num-processes", "-n", min=1, help="Learner processes, one per GPU.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Same as `rlx check`: validate everything, start nothing.")]
 
@@ -33,7 +29,7 @@ def options(version: Annotated[bool, typer.Option("--version", help="Print the v
         raise typer.Exit
 
 
-@app.command(context_settings=_OVERRIDES, epilog=_EPILOG)
+@app.command(context_settings=OVERRIDES, epilog=EPILOG)
 def check(context: typer.Context, config: ConfigPath, num_processes: Processes = 1) -> None:
     """Validate keys, batch arithmetic, devices, data, rewards and transforms; print the plan. Loads no model."""
     loaded = load(config, context.args)
@@ -42,7 +38,7 @@ def check(context: typer.Context, config: ConfigPath, num_processes: Processes =
     raise typer.Exit(guarded(lambda: check_main(loaded, num_processes)))
 
 
-@app.command("vllm-serve", context_settings=_OVERRIDES, epilog=_EPILOG)
+@app.command("vllm-serve", context_settings=OVERRIDES, epilog=EPILOG)
 def vllm_serve(context: typer.Context, config: ConfigPath, dry_run: DryRun = False) -> None:
     """Start the rollout service: Ray, the vLLM workers, the reward processes and the HTTP gateway."""
     loaded = load(config, _serve_options(context.args))
@@ -55,7 +51,7 @@ def vllm_serve(context: typer.Context, config: ConfigPath, dry_run: DryRun = Fal
     raise typer.Exit(guarded(lambda: serve_main(loaded)))
 
 
-@app.command(context_settings=_OVERRIDES, epilog=_EPILOG)
+@app.command(context_settings=OVERRIDES, epilog=EPILOG)
 def train(
     context: typer.Context,
     config: ConfigPath,
@@ -78,7 +74,7 @@ def train(
     raise typer.Exit(guarded(lambda: train_main(loaded, overrides, num_processes)))
 
 
-@app.command(context_settings=_OVERRIDES, epilog=_EPILOG)
+@app.command(context_settings=OVERRIDES, epilog=EPILOG)
 def run(context: typer.Context, config: ConfigPath, num_processes: Processes = 1, dry_run: DryRun = False) -> None:
     """Service and learner in one terminal: start the service, wait for it, train, stop it."""
     loaded = load(config, context.args)
@@ -101,7 +97,7 @@ app.add_typer(reward, name="reward")
 app.add_typer(workers, name="workers")
 
 
-@rollout.command("test", context_settings=_OVERRIDES, epilog=_EPILOG)
+@rollout.command("test", context_settings=OVERRIDES, epilog=EPILOG)
 def rollout_test(
     context: typer.Context,
     config: ConfigPath,
@@ -115,7 +111,7 @@ def rollout_test(
     raise typer.Exit(guarded(lambda: rollout_test_main(loaded, context.args, row)))
 
 
-@reward.command("test", context_settings=_OVERRIDES, epilog=_EPILOG)
+@reward.command("test", context_settings=OVERRIDES, epilog=EPILOG)
 def reward_test(
     context: typer.Context,
     config: ConfigPath,
@@ -136,7 +132,7 @@ def reward_test(
     raise typer.Exit(guarded(lambda: reward_test_main(loaded, samples, rows, answer_column)))
 
 
-@workers.command("list", context_settings=_OVERRIDES, epilog=_EPILOG)
+@workers.command("list", context_settings=OVERRIDES, epilog=EPILOG)
 def workers_list(context: typer.Context, config: ConfigPath) -> None:
     """Name, state, node, process, weight version and load of every worker."""
     loaded = load(config, _serve_options(context.args))
@@ -145,7 +141,7 @@ def workers_list(context: typer.Context, config: ConfigPath) -> None:
     raise typer.Exit(guarded(lambda: list_main(loaded)))
 
 
-@workers.command("add", context_settings=_OVERRIDES, epilog=_EPILOG)
+@workers.command("add", context_settings=OVERRIDES, epilog=EPILOG)
 def workers_add(
     context: typer.Context,
     config: ConfigPath,
@@ -158,7 +154,7 @@ def workers_add(
     raise typer.Exit(guarded(lambda: add_main(loaded, count)))
 
 
-@workers.command("remove", context_settings=_OVERRIDES, epilog=_EPILOG)
+@workers.command("remove", context_settings=OVERRIDES, epilog=EPILOG)
 def workers_remove(
     context: typer.Context,
     config: ConfigPath,

@@ -1,4 +1,4 @@
-"""What the commands of `rlx` share: loading the YAML, and one line to stderr for an error."""
+"""What the commands of `rlx` share: how they take a YAML, loading the YAML, and one line to stderr for an error."""
 
 from __future__ import annotations
 
@@ -6,12 +6,17 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
 from rlx.config import Config, load_config, parse_overrides
 from rlx.errors import RlxError
 from rlx.hub import settle_hub
+
+OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
+EPILOG = "Any key of the YAML can be given here too: --trl.beta 0.01 --vllm.port 8001 --learning_rate 1e-5"
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML of the run.")]
 
 
 def load(path: Path, arguments: list[str]) -> Config:

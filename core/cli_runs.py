@@ -1,4 +1,4 @@
-"""The commands that look at a run: samples, view. They need no service and no GPU."""
+"""The commands that look at a run: samples and view, which need no service, and dashboard. None needs a GPU."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Annotated
 
 import typer
 
-from rlx.cli_parts import guarded
+from rlx.cli_parts import EPILOG, OVERRIDES, ConfigPath, guarded, load
 
 
 def add_to(app: typer.Typer) -> None:
     """Register the commands of this module."""
     app.command()(samples)
     app.command()(view)
+    app.command(context_settings=OVERRIDES, epilog=EPILOG)(dashboard)
 
 
 def samples(
@@ -58,3 +59,16 @@ def view(
 
     folders = [out] if other is None else [out, other]
     raise typer.Exit(guarded(lambda: view_main(folders, port, sys.stdout.isatty() and not no_browser)))
+
+
+def dashboard(
+    context: typer.Context,
+    config: ConfigPath,
+    start: Annotated[bool, typer.Option("--prometheus/--no-prometheus", help="Start one where there is one.")] = True,
+    interval: Annotated[int, typer.Option("--interval", min=1, metavar="SECONDS", help="From scrape to scrape.")] = 5,
+) -> None:
+    """Where to look at a running service, configuration for Prometheus and Grafana, and a Prometheus until Ctrl-C."""
+    loaded = load(config, context.args)
+    from rlx.cluster.dashboard import dashboard_main
+
+    raise typer.Exit(guarded(lambda: dashboard_main(loaded, start, interval)))

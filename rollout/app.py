@@ -23,8 +23,8 @@ from fastapi.responses import StreamingResponse
 
 from rlx.rollout.group_app import GroupApp
 from rlx.rollout.http_bodies import (
-    by_loopback_name,
     field,
+    for_readers,
     json_object,
     json_response,
     of_session,
@@ -46,7 +46,7 @@ def create_app(service: RolloutService, token: str | None, require_token_for_dat
     app = GroupApp("rlx rollout service", service.rollout, [*check_data, of_session(service.check_session)])
     app.include_router(_data_plane(service), dependencies=[Depends(check) for check in check_data])
     app.include_router(_control_plane(service), dependencies=guarded)
-    reader = with_token(token) if require_token_for_data else by_loopback_name
+    reader = for_readers(token, require_token_for_data)
     app.include_router(_metrics(service), dependencies=[Depends(reader)])
     app.include_router(view_router([service.observations.store], authorize=reader))
     app.add_api_route("/health", _health(service), methods=["GET"])

@@ -52,7 +52,8 @@ not answer. refused: it did not take weights, or has other log-probabilities tha
 
 @dataclass(eq=False)
 class Member:
-    """One worker and what is known of it. `in_flight` counts completions, `tokens_in_flight` their tokens.
+    """One worker and what is known of it. `in_flight` counts completions, `tokens_in_flight` their tokens;
+    `worked` says whether it had any since the router last asked for its load.
 
     `incarnation` counts its processes: what is heard of an earlier one says nothing about this one. `kept`: the
     process is sound, only its weights are refused; it is not restarted, the next update is its next chance.
@@ -68,6 +69,7 @@ class Member:
     doing: str = ""
     in_flight: int = 0
     tokens_in_flight: int = 0
+    worked: bool = False
     weight_version: int = 0
     load: EngineLoad = field(default_factory=EngineLoad)
     restarts: int = 0
@@ -144,6 +146,7 @@ class Fleet:
     @contextmanager
     def charging(self, member: Member, completions: int, tokens: int = 0) -> Iterator[None]:
         """`member` is charged with them while the body runs."""
+        member.worked = True
         member.in_flight += completions
         member.tokens_in_flight += tokens
         try:

@@ -33,12 +33,16 @@ def with_token(token: str | None) -> Callable[[Request], Awaitable[None]]:
     return check
 
 
-async def by_loopback_name(request: Request) -> None:
-    """A dependency for what people read without a token: refuses a web page that leads its own name to this machine."""
-    if request.url.hostname not in ("127.0.0.1", "localhost", "::1"):
-        raise Unauthorized(
-            f"this page is read by a loopback name, as http://127.0.0.1, not {request.url.hostname!r:.100}"
-        )
+def for_readers(token: str | None, needs_token: bool) -> Callable[[Request], Awaitable[None]]:
+    """A dependency for what people and their tools read: with the token, or, where none is needed, by a loopback name,
+    so that no web page can lead its own name to this machine and read along."""
+
+    async def by_loopback_name(request: Request) -> None:
+        name = request.url.hostname
+        if name not in ("127.0.0.1", "localhost", "::1"):
+            raise Unauthorized(f"this is read by a loopback name, as http://127.0.0.1, not {name!r:.100}")
+
+    return with_token(token) if needs_token else by_loopback_name
 
 
 def of_session(check: Callable[[str | None], None]) -> Callable[[Request], Awaitable[None]]:

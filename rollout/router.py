@@ -143,7 +143,8 @@ class Router:
             self._dispatch()
 
     async def _mind(self) -> None:
-        """While anything waits or runs: ask the busy workers for their load, and look whether somebody is ready."""
+        """While anything waits or runs, and once after that: ask the workers for their load, and look whether somebody is
+        ready."""
         while self._queue or self._busy():
             pause_s = max(POLL_S, POLL_COST_S * len(self._busy()))
             if self._queue and not self._fleet.ready():
@@ -170,6 +171,7 @@ class Router:
         """Its load, and with it its limit. A worker that says it is gone is down; one that is late, the supervisor's
         to judge."""
         incarnation = member.incarnation
+        member.worked = False
         try:
             status = await answer_of(member.name, STATUS_TIMEOUT_S, member.worker.status())
         except DeadlineExceeded:
@@ -184,4 +186,5 @@ class Router:
             self.limit(member).learn(status.load, member.in_flight)
 
     def _busy(self) -> list[Member]:
-        return [m for m in self._fleet.members if m.in_flight and m.state in ("ready", "draining")]
+        """Those with work, now or since they were last asked."""
+        return [m for m in self._fleet.members if (m.in_flight or m.worked) and m.state in ("ready", "draining")]

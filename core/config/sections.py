@@ -383,8 +383,10 @@ class ClusterSection(Section):
     """`cluster:` the Ray cluster. rlx's own. RAY_ADDRESS joins a running one instead of starting one."""
 
     dashboard: bool = Field(True, description="Serve the Ray dashboard.")
-    dashboard_host: Literal["127.0.0.1", "localhost"] = Field(
-        "127.0.0.1", description="Loopback only: Ray's job API runs commands for anybody who reaches it."
+    dashboard_host: str = Field(
+        "127.0.0.1",
+        description="Address of the dashboard. On others than loopback it is served only with Ray's token (RAY_AUTH_MODE "
+        "not switched off): Ray's job API runs commands for anybody who reaches it.",
     )
     dashboard_port: int | None = Field(
         None, ge=1, le=65535, description="Port of the dashboard. Default: 8265 or the next free one; it is printed."
@@ -392,3 +394,7 @@ class ClusterSection(Section):
     object_store_mib: int = Field(
         512, ge=80, description="MiB of shared memory for Ray's object store when rlx starts Ray."
     )
+
+    @property
+    def dashboard_is_local(self) -> bool:
+        return _loopback(self.dashboard_host)

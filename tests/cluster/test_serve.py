@@ -2,24 +2,30 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 from fakes import write_config
+from serve_parts import update
 
+from rlx.cluster.panels import DASHBOARDS
 from rlx.cluster.serve import serve
 from rlx.config import Config, load_config
 from rlx.errors import ConfigError
 from rlx.processes import alive, descendants, free_port
+from rlx.rollout.auth import service_token
 from rlx.rollout.gateway import bind
+from rlx.series import CATALOGUE
 
 START_TIMEOUT_S = 120
 GROUP = {"key": "a", "prompt": "x", "prompt_ids": [1, 2], "n": 2, "sampling": {"max_tokens": 4}, "columns": {}}
@@ -29,7 +35,7 @@ class Service:
     """A running `serve_fake.py`."""
 
     def __init__(self, config: Config, engine: str, environment: dict[str, str]):
-        self.url = config.base_url
+        self.config, self.url = config, config.base_url
         self.output = config.path.parent / "output.txt"
         script = str(Path(__file__).with_name("serve_fake.py"))
         with self.output.open("wb") as output:
@@ -84,26 +90,124 @@ def write(folder: Path, **vllm: object) -> Config:
     return write_config(folder, port=free_port("127.0.0.1", 18000), **vllm)
 
 
-@pytest.mark.slow
-def test_sigterm_drains_and_leaves_no_process_no_port_and_no_ray(tmp_path):
-    config = write(tmp_path)
-    with service(config) as running:
+# --- a real Prometheus -------------------------------------------------------------------------------------------------
+
+QUERIES = [
+    query.expression.replace("$job", "rlx").replace("$__rate_interval", "20s")
+    for board in DASHBOARDS
+    for panel in board.panels
+    for query in panel.queries
+]
+MOVING = {
+    "rlx_groups_total", "rlx_generation_seconds_total", "rlx_scoring_seconds_total", "rlx_weight_updates_total",
+    "rlx_weight_version", "rlx_worker_weight_version", "rlx_worker_generated_tokens_total",
+    "rlx_worker_busy_seconds_total", "rlx_reward_calls_total", "rlx_reward_seconds_total", "rlx_episodes_total",
+    "rlx_episode_turns_total", *(series.name for series in CATALOGUE if series.origin == "learner"),
+}  # fmt: skip
+"""Of what a service does whose learner works on and whose workers are well"""
+Ask = Callable[[str], list[dict[str, Any]]]
+
+
+@contextmanager
+def learner(config: Config) -> Iterator[httpx.Client]:
+    bearer = {"authorization": f"Bearer {service_token()}"}
+    with httpx.Client(base_url=config.base_url, headers=bearer, timeout=60) as client:
+        yield client
+
+
+@contextmanager
+def prometheus_of(config: Config) -> Iterator[Ask]:
+    """Asks the one that `rlx dashboard` starts."""
+    command = [sys.executable, "-u", "-m", "rlx.cli", "dashboard", str(config.path), "--interval", "1"]
+    with (
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process,
+        httpx.Client(timeout=10) as client,
+    ):
+        try:
+            assert process.stdout is not None
+            lines: list[str] = []
+            for line in process.stdout:
+                lines.append(line)
+                if line.startswith("Prometheus:"):
+                    break
+            said = "".join(lines)
+            assert "Ray's dashboard:   http://127.0.0.1:" in said
+            [url] = re.findall(r"^Prometheus: +(http://127.0.0.1:[0-9]+) ", said, re.M) or pytest.fail(said)
+            yield lambda query: client.get(f"{url}/api/v1/query", params={"query": query}).json()["data"]["result"]
+            below = descendants(process.pid)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(20) == 130
+            assert left_of(below, within_s=4) == []
+        finally:
+            process.kill()
+
+
+def one_step(client: httpx.Client, step: int) -> None:
+    """What a learner asks of the service in a step, and tells it."""
+    manifest, data = asyncio.run(update(step))
+    client.post("/v1/weights/announce", json=manifest.to_json()).raise_for_status()
+    client.put(f"/v1/weights/{step}", content=data).raise_for_status()
+    client.post(f"/v1/weights/{step}/commit").raise_for_status()
+    client.post("/v1/rollouts", json=GROUP | {"key": f"step-{step}"}).raise_for_status()
+    record = {series.key.format(function="f", outcome="ok"): 1.0 + step for series in CATALOGUE if series.key}
+    client.post("/v1/observations", json={"metrics": [record], "evaluations": [record]}).raise_for_status()
+
+
+def standing(ask: Ask) -> set[str]:
+    """Which of `MOVING` did not, of either source."""
+    moved = {
+        (name, job)
+        for name in MOVING
+        for sample in ask(f"max by (job) (max_over_time({name}[1m]) - min_over_time({name}[1m])) > 0")
+        if (job := sample["metric"]["job"])
+    }
+    return {f"{name} of {job}" for name in MOVING for job in ("rlx", "ray")} - {
+        f"{name} of {job}" for name, job in moved
+    }
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """One for the next two tests, of which the second ends it."""
+    with service(write(tmp_path_factory.mktemp("service")), RAY_metrics_report_interval_ms="1000") as running:
         assert running.statuses_until_ready() == [(503, "loading"), (200, "ok")]
-        answer = httpx.post(f"{running.url}/v1/rollouts", json=GROUP, timeout=30).json()
-        assert answer["worker"] == "rlx-rollout-0"
-        assert [c["rewards"]["reward_functions.length"] for c in answer["episodes"]] == [
-            len(c["text"]) for c in answer["episodes"]
-        ]
-        below = descendants(running.process.pid)
-        assert len(below) > 5
-        temp_dirs = set(Path("/tmp").glob("rlx-ray-*/session_latest"))
-        running.process.send_signal(signal.SIGTERM)
-        assert running.process.wait(40) == 0
-        assert left_of(below, within_s=4) == []
-    assert port_is_free(config.vllm.port)
+        yield running
+
+
+@pytest.mark.slow
+def test_a_prometheus_on_the_runs_configuration_has_every_series_of_the_panels_from_the_gateway_and_from_ray(running):
+    with learner(running.config) as client, prometheus_of(running.config) as ask:
+        step, missing, end = 0, {"all"}, time.monotonic() + START_TIMEOUT_S
+        while missing:
+            assert time.monotonic() < end, (missing, running.output.read_text())
+            step += 1
+            one_step(client, step)
+            time.sleep(0.5)
+            missing = {query for query in QUERIES if not ask(query)} | standing(ask)
+        both = 'count by (__name__) (last_over_time({__name__=~"rlx_.+", job="%s"}[1m]))'
+        ours, rays = ({sample["metric"]["__name__"] for sample in ask(both % job)} for job in ("rlx", "ray"))
+        assert ours == {series.name for series in CATALOGUE}
+        assert {series.name for series in CATALOGUE if series.kind == "gauge"} <= rays <= ours
+        assert rays >= MOVING
+
+
+@pytest.mark.slow
+def test_sigterm_drains_and_leaves_no_process_no_port_and_no_ray(running):
+    answer = httpx.post(f"{running.url}/v1/rollouts", json=GROUP, timeout=30).json()
+    assert answer["worker"] == "rlx-rollout-0"
+    assert [c["rewards"]["reward_functions.length"] for c in answer["episodes"]] == [
+        len(c["text"]) for c in answer["episodes"]
+    ]
+    below = descendants(running.process.pid)
+    assert len(below) > 5
+    temp_dirs = set(Path("/tmp").glob("rlx-ray-*/session_latest"))
+    running.process.send_signal(signal.SIGTERM)
+    assert running.process.wait(40) == 0
+    assert left_of(below, within_s=4) == []
+    assert port_is_free(running.config.vllm.port)
     assert len(set(Path("/tmp").glob("rlx-ray-*/session_latest"))) < len(temp_dirs)
     text = running.output.read_text()
-    assert f"ready: {config.base_url}, 1 worker, version 0" in text
+    assert f"ready: {running.config.base_url}, 1 worker, version 0" in text
     assert "dashboard: http://127.0.0.1:" in text
     assert text.rstrip().endswith("stopped")
     assert "Traceback" not in text
