@@ -11,6 +11,7 @@ from rlx.learner.checkpoints import save_final
 from rlx.learner.job import Job
 from rlx.learner.journal import Journal
 from rlx.learner.model import saved_dtype
+from rlx.learner.observer import Observer
 from rlx.learner.progress import ProgressReport
 from rlx.learner.recording import Codec, Recorder, Replay
 from rlx.learner.report import RunFiles, evaluation_table, print_samples
@@ -19,6 +20,7 @@ from rlx.learner.run_record import write_run_record
 from rlx.learner.stream import StepBatch
 from rlx.learner.trackers import Trackers
 from rlx.learner.trainer import GRPOTrainer
+from rlx.rollout.auth import service_token
 from rlx.rollout.client import RolloutClient
 
 
@@ -29,6 +31,7 @@ class RankZero:
         config, first = job.config, job.first_step
         self._job = job
         self.rollouts: Rollouts | Replay
+        self.observer: Observer | None = None
         if client is None:
             self.rollouts = Replay(config, job.plan, codec, job.total_steps, job.resume)
             job.say(f"trains on the rollouts in {config.replay}: no service is asked, nothing is evaluated")
@@ -48,10 +51,24 @@ class RankZero:
         if client is not None:
             recorder = Recorder(self.files.output_dir, codec, first) if config.record_rollouts else None
             self.rollouts = Rollouts(job, client, self.files, self.journal, recorder)
+            self.observer = self._observer(self.rollouts.session)
+
+    def _observer(self, session: str) -> Observer:
+        """Hears every record from here on. The service's events go on after those that the files have."""
+        job, config, out = self._job, self._job.config, self.files.output_dir
+        since = [event["time"] for event in self.files.events() if event.get("source") == "service"]
+        run = {"name": config.path.stem, "output_dir": str(out), "total_steps": job.total_steps}
+        observer = Observer(
+            config.base_url, service_token(), session, run, self.files.service_events, job.say, max(since, default=0.0)
+        )
+        self.files.records.on_lines = observer.take
+        return observer
 
     def start(self) -> None:
         self.journal.run_started(self._job)
         self.rollouts.start()
+        if self.observer is not None:
+            self.observer.start()
 
     def took(self, batch: StepBatch) -> None:
         """A step begins to train on groups of its own."""
@@ -80,5 +97,8 @@ class RankZero:
         self.progress.stop()
         self.journal.flush()
         self.files.flush()
+        if self.observer is not None:
+            self.observer.close()
+            self.files.flush()  # what it heard last
         self.trackers.close(failed)
         self.rollouts.close()

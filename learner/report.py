@@ -60,6 +60,13 @@ class RunFiles:
     def event(self, record: Record) -> None:
         self.records.put("events", lambda: [record])
 
+    def service_events(self, records: list[Record]) -> None:
+        self.records.put("events", lambda: records)
+
+    def events(self) -> list[Record]:
+        """The records of events.jsonl."""
+        return self._read("events")
+
     def spans(self, make: Make) -> None:
         self.records.put("spans", make)
 
