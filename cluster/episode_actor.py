@@ -24,10 +24,10 @@ from typing import Any
 import numpy as np
 
 from rlx.cluster.calls import call
-from rlx.cluster.output import write_output_to
 from rlx.config import Config
 from rlx.episode import Episode
 from rlx.errors import ServiceError
+from rlx.processes import write_output_to
 from rlx.wire import Completion, GroupRequest, Sampling
 
 _BEAT_S = 0.25

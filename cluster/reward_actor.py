@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rlx.cluster import watchdog
-from rlx.cluster.output import write_output_to
+from rlx.processes import write_output_to
 from rlx.rewards.scoring import Answer, RewardWorker, ScoreRequest
 
 LOG_BYTES = 10 * 2**20

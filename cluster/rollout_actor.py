@@ -15,9 +15,8 @@ import numpy as np
 import ray
 
 from rlx.cluster import watchdog
-from rlx.cluster.output import write_output_to
 from rlx.errors import ServiceUnavailable
-from rlx.processes import alive, start_of
+from rlx.processes import alive, start_of, write_output_to
 from rlx.rollout.engine import Engine
 from rlx.rollout.engine_worker import EngineWorker
 from rlx.rollout.gateway import quiet_collector

@@ -25,6 +25,8 @@ from rlx.cluster.progress import EVENT, WARNING, say
 from rlx.config import Config
 from rlx.config.trackers import check_trackers
 from rlx.errors import DeadlineExceeded
+from rlx.learner.launch import train_main
+from rlx.learner.live import SERVICE_LOG
 from rlx.processes import die_with_parent, kill_tree, stop_process
 
 RLX = (sys.executable, "-u", "-m", "rlx.cli")
@@ -36,6 +38,9 @@ _SERVICE_GRACE_S = 60.0
 
 def run_main(config: Config, overrides: list[str], num_processes: int, *, program: Sequence[str] = RLX) -> int:
     """Train to the end. The exit status is that of the part that failed first, 0 when none did."""
+    if config.replay is not None:
+        say("replay: the learner alone, no service is started")
+        return train_main(config, overrides, num_processes)
     check_trackers(config, config.path)
     say_when_ready = f"starting the learner: {num_processes} process{'es' if num_processes > 1 else ''}"
     learner = ("train", str(config.path), "--num-processes", str(num_processes))
@@ -44,6 +49,8 @@ def run_main(config: Config, overrides: list[str], num_processes: int, *, progra
         layout = plan_layout(this_machine(), config, num_processes)
         if layout.resource == "GPU":
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(layout.learner_gpus)
+    if sys.stdout.isatty():
+        environment[SERVICE_LOG] = str(_log_path(config).absolute())
     return with_service(config, overrides, learner, say_when_ready, environment, program=program)
 
 
@@ -69,11 +76,12 @@ class _Run:
         self._config = config
         self._overrides = overrides
         self._program = program
-        self._log_path = Path(config.output_dir) / "service.log"
+        self._log_path = _log_path(config)
         self._log_path.parent.mkdir(parents=True, exist_ok=True)
         self._ready = threading.Event()
         self._last_lines: list[str] = []
         self._interrupted = 0
+        self._learner_shows_service = False
         self._give_up_at = float("inf")
         self._learner: subprocess.Popen[bytes] | None = None
         self._service: subprocess.Popen[bytes] | None = None
@@ -89,6 +97,7 @@ class _Run:
             return 128 + self._interrupted
         if say_when_ready:
             say(say_when_ready)
+        self._learner_shows_service = SERVICE_LOG in (environment or {})
         self._learner = self._start(*command, env=environment)
         while self._learner.poll() is None and service.poll() is None and time.monotonic() < self._give_up_at:
             time.sleep(_POLL_S)
@@ -140,7 +149,8 @@ class _Run:
                 line = raw.decode(errors="replace").rstrip("\n")
                 print(line, file=log, flush=True)
                 self._last_lines = [*self._last_lines[-19:], line]
-                if not self._ready.is_set() or line.startswith((WARNING, EVENT)):
+                is_news = line.startswith((WARNING, EVENT)) and not self._learner_shows_service
+                if not self._ready.is_set() or is_news:
                     say(f"service: {line}")
                     if line.startswith("ready: "):
                         self._ready.set()
@@ -169,6 +179,10 @@ class _Run:
         self._give_up_at = time.monotonic() + _LEARNER_GRACE_S
         if self._learner is not None and self._learner.poll() is None:
             self._learner.send_signal(number)
+
+
+def _log_path(config: Config) -> Path:
+    return Path(config.output_dir) / "service.log"
 
 
 def _ends_with_parent() -> None:

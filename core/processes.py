@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -23,6 +24,17 @@ def die_with_parent(signal_number: int = signal.SIGKILL) -> None:
     """
     if _libc.prctl(_PR_SET_PDEATHSIG, int(signal_number)) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+
+
+def write_output_to(log: Path) -> None:
+    """Everything that this process and its children print goes to the end of `log`, from here on."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(target, 1)
+    os.dup2(target, 2)
+    os.close(target)
 
 
 def free_port(host: str, first: int, tries: int = 100) -> int:

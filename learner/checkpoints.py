@@ -7,7 +7,6 @@ finished, or lost something since, is known.
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import struct
 import time
@@ -23,10 +22,11 @@ from transformers import PreTrainedTokenizerBase
 
 from rlx.config import Config
 from rlx.errors import ConfigError
+from rlx.learner import kept
 from rlx.learner.adapters import WEIGHTS, check_checkpoint
 from rlx.learner.durable import settle, write_atomically
+from rlx.learner.kept import CHECKPOINT_MARKER
 
-CHECKPOINT_MARKER = "rlx_state.json"
 _FORMAT = 2
 """1 had neither `format` nor `files` in the marker; it is read."""
 
@@ -72,32 +72,20 @@ def find_resume_point(config: Config) -> ResumePoint | None:
 def _find(config: Config) -> ResumePoint | None:
     if config.resume_from_checkpoint is not None:
         folder = Path(config.local(config.resume_from_checkpoint))
-        if not _has_marker(folder):
+        if not kept.is_complete(folder):
             raise ConfigError(
                 f"{config.path}: resume_from_checkpoint: {folder} is no complete checkpoint of rlx ({CHECKPOINT_MARKER} is "
                 f"missing). {_others(config, folder)}"
             )
         return _read(config, folder)
     if config.auto_resume_from_checkpoints:
-        folders = [folder for folder in sorted(Path(config.output_dir).glob("checkpoint-*")) if _has_marker(folder)]
-        newest = max(folders, key=_saved_at, default=None)
+        newest = kept.newest(Path(config.output_dir))
         return None if newest is None else _read(config, newest)
     return None
 
 
-def _has_marker(folder: Path) -> bool:
-    return re.fullmatch(r"checkpoint-\d+", folder.name) is not None and (folder / CHECKPOINT_MARKER).is_file()
-
-
-def _saved_at(folder: Path) -> float:
-    try:
-        return float(json.loads((folder / CHECKPOINT_MARKER).read_bytes())["saved_at"])
-    except (ValueError, KeyError, TypeError):  # damaged: it is told when nothing newer is there
-        return (folder / CHECKPOINT_MARKER).stat().st_mtime
-
-
 def _others(config: Config, folder: Path) -> str:
-    others = [f.name for f in sorted(Path(config.output_dir).glob("checkpoint-*")) if _has_marker(f) and f != folder]
+    others = [other.name for other in kept.complete(Path(config.output_dir)) if other != folder]
     return f"In {config.output_dir} there is: {', '.join(others)}." if others else "Remove the key to start anew."
 
 

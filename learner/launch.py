@@ -1,23 +1,35 @@
-"""`rlx train`: N learner processes under torch's elastic agent, which stops all of them when one fails."""
+"""`rlx train`: N learner processes under torch's elastic agent, which stops all of them when one fails.
+
+Rank 0 has the terminal; the others write to output_dir/logs. What ended the run is told last: by rank 0 itself, or here.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
+import shlex
+import shutil
 import signal
 import sys
 import tempfile
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Protocol
 
 from rlx.config import Config, make_plan
 from rlx.config.trackers import check_trackers
 from rlx.hub import check_in_reach
+from rlx.learner.kept import newest
+from rlx.learner.live import SERVICE_LOG
+from rlx.processes import start_of
+
+_SCRATCH = "rlx-learner-"
 
 
 class Failure(Protocol):
     """What the elastic agent says of a process that failed: `timestamp` in whole seconds, `exitcode` as Popen has it."""
 
+    local_rank: int
     exitcode: int
     timestamp: int
 
@@ -45,8 +57,9 @@ def train_main(config: Config, overrides: list[str], num_processes: int) -> int:
     for module in ("agent.server.api", "multiprocessing.api"):  # each has set a level of its own
         logging.getLogger(f"torch.distributed.elastic.{module}").setLevel(logging.CRITICAL)
     arguments = ["-u", "-m", "rlx.learner.main", str(num_processes), str(config.path), *overrides]
+    _remove_left_behind()
     try:
-        with tempfile.TemporaryDirectory(prefix="rlx-learner-") as logs:
+        with tempfile.TemporaryDirectory(prefix=f"{_SCRATCH}{os.getpid()}-") as logs:
             launch = LaunchConfig(
                 min_nodes=1,
                 max_nodes=1,
@@ -60,11 +73,73 @@ def train_main(config: Config, overrides: list[str], num_processes: int) -> int:
             )
             elastic_launch(launch, sys.executable)(*arguments)
     except ChildFailedError as error:
+        _give_terminal_back()
         failure = first_cause(error.failures.values())
-        if failure.exitcode < 0:
-            print(f"error: a learner process was killed by signal {-failure.exitcode}", file=sys.stderr, flush=True)
-            return 128 - failure.exitcode
-        return failure.exitcode or 1
+        if message := failure_message(config, failure):
+            print(message, file=sys.stderr, flush=True)
+        return 128 - failure.exitcode if failure.exitcode < 0 else failure.exitcode or 1
     except SignalException as stopped:
+        _give_terminal_back()
+        print(stopped_message(config, overrides, num_processes, stopped.sigval), flush=True)
         return 128 + stopped.sigval
     return 0
+
+
+def log_of(config: Config, rank: int) -> Path:
+    """What a rank other than 0 prints."""
+    return Path(config.output_dir) / "logs" / f"learner-rank-{rank}.log"
+
+
+def failure_message(config: Config, failure: Failure) -> str:
+    """What is to be said of the process that failed first; nothing where it has said so itself on the terminal."""
+    rank = failure.local_rank
+    log = "" if rank == 0 else f"; its log: {log_of(config, rank)}"
+    if failure.exitcode < 0:
+        number = -failure.exitcode
+        memory = " (the kernel does that when memory runs out; `dmesg` tells)" if number == signal.SIGKILL else ""
+        return f"error: learner process {rank} was killed by signal {number}, {_name(number)}{memory}{log}"
+    if rank == 0:
+        return ""
+    return f"error: learner process {rank} failed: {_last_words(log_of(config, rank))}{log}"
+
+
+def stopped_message(config: Config, overrides: list[str], num_processes: int, number: int) -> str:
+    """What a run that was stopped has kept, and how to go on."""
+    how = "Ctrl-C" if number == signal.SIGINT else _name(number)
+    checkpoint = newest(Path(config.output_dir))
+    if checkpoint is None:
+        return f"stopped by {how}; no checkpoint had been written (save_steps says how often), the logs are in {config.output_dir}"
+    if config.auto_resume_from_checkpoints:
+        return f"stopped by {how}; {checkpoint} is kept: the same command goes on from there"
+    command = "run" if SERVICE_LOG in os.environ else "train"
+    processes = ["--num-processes", str(num_processes)] if num_processes > 1 else []
+    again = [os.path.relpath(config.path), *processes, *overrides, "--auto_resume_from_checkpoints", "true"]
+    return f"stopped by {how}; {checkpoint} is kept. To go on: rlx {command} {shlex.join(again)}"
+
+
+def _name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"
+
+
+def _last_words(log: Path) -> str:
+    """The last error that a process has written: its line `error: ...`, or the last one of its traceback."""
+    lines = log.read_text(errors="replace").rstrip().splitlines() if log.exists() else []
+    said = next((line.removeprefix("error: ") for line in reversed(lines) if line.startswith("error: ")), None)
+    return said or (lines[-1] if lines else "it wrote nothing")
+
+
+def _give_terminal_back() -> None:
+    """Rank 0 may have been killed while its live view had hidden the cursor."""
+    if sys.stdout.isatty():
+        print("\x1b[?25h", flush=True)
+
+
+def _remove_left_behind() -> None:
+    """Folders of launchers that were killed."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*-*"):
+        pid = folder.name.removeprefix(_SCRATCH).partition("-")[0]
+        if pid.isdigit() and start_of(int(pid)) is None:
+            shutil.rmtree(folder, ignore_errors=True)

@@ -27,6 +27,7 @@ from rlx.learner.checkpoints import check_model
 from rlx.learner.forward import prepare
 from rlx.learner.job import Job, make_job
 from rlx.learner.journal import Journal
+from rlx.learner.launch import log_of
 from rlx.learner.model import load_model
 from rlx.learner.phases import PhaseSpans
 from rlx.learner.progress import FailureNotes
@@ -37,7 +38,7 @@ from rlx.learner.records import append_event, failure_record
 from rlx.learner.rollouts import connect, longest_step_s
 from rlx.learner.stream import Fetched, RolloutStream, StepBatch
 from rlx.learner.trainer import GRPOTrainer, StepClock, training_arguments
-from rlx.processes import die_with_parent
+from rlx.processes import die_with_parent, write_output_to
 
 _AFTER_RANK_ZERO_S = 30.0
 """How long another rank that failed keeps still. Mostly rank 0 failed with the same, or first: it says so and leaves,
@@ -163,19 +164,24 @@ def main() -> int:
     die_with_parent()
     num_processes, path, overrides = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    rank = int(os.environ.get("RANK", "0"))
     try:
-        train(load_config(path, parse_overrides(overrides)), num_processes)
+        config = load_config(path, parse_overrides(overrides))
+        if rank:
+            log_of(config, rank).unlink(missing_ok=True)
+            write_output_to(log_of(config, rank))
+        train(config, num_processes)
         return 0
     except KeyboardInterrupt:
         return 130
     except Exception as error:  # the end of the process: whatever came is said, once
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(_AFTER_RANK_ZERO_S)
-        if not isinstance(error, RlxError):
+        if isinstance(error, RlxError | StoppedByRankZero):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
             traceback.print_exc()
-            return 1
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
+        if rank:
+            time.sleep(_AFTER_RANK_ZERO_S)
+        return error.exit_code if isinstance(error, RlxError) else 1
 
 
 if __name__ == "__main__":

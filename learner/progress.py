@@ -1,51 +1,56 @@
-"""The terminal: a progress bar on a TTY, otherwise two lines per log: the step, and what bounded it."""
+"""The terminal: the live view on a TTY, otherwise two lines per log: the step, and what bounded it."""
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
+from rlx.learner.live import SERVICE_LOG, LiveView
+from rlx.learner.pace import Pace, clock
 from rlx.learner.report import RunFiles
 from rlx.wire import GroupResult
 
+_NO_NEWS = ("run_started", "resumed", "publish", "discard", "run_finished")
+"""Events that are on the screen anyway, or of every step."""
+
 
 class ProgressReport(TrainerCallback):
-    """Shows and records what the trainer logs; on rank 0 only."""
+    """Shows and records what the trainer logs; on rank 0 only. `workers`: see `LiveView`."""
 
-    def __init__(self, console: Console, files: RunFiles):
-        self._console, self._files = console, files
-        self._bar: Progress | None = None
-        self._began, self._began_at = time.perf_counter(), 0
+    def __init__(
+        self, console: Console, files: RunFiles, workers: Callable[[], Sequence[Mapping[str, Any]]] | None = None
+    ):
+        self._console, self._files, self._workers = console, files, workers
+        self._pace = Pace(0, 0)
+        self._live: LiveView | None = None
+        files.listeners.append(self._tell)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._began, self._began_at = time.perf_counter(), state.global_step
-        if self._console.is_terminal:
-            self._bar = Progress(
-                TextColumn("training"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
-                TimeRemainingColumn(), TextColumn("{task.fields[line]}"), console=self._console,
-            )  # fmt: skip
-            self._bar.add_task("training", total=state.max_steps, completed=state.global_step, line="")
-            self._bar.start()
+        self._pace = Pace(state.global_step, state.max_steps)
+        if self._console.is_terminal and not self._console.is_dumb_terminal:
+            log = os.environ.get(SERVICE_LOG)
+            self._live = LiveView(self._console, self._pace, self._workers, Path(log) if log else None)
+            self._live.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._pace.reached(state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if not logs or "loss" not in logs:
             return
         self._files.metrics(state.global_step, {k: v for k, v in logs.items() if k != "bottleneck_line"})
-        line = summary(logs)
-        if self._bar is not None:
-            line = f"{line}  {logs['bottleneck']}"
-            self._bar.update(self._bar.task_ids[0], completed=state.global_step, line=line)
+        if self._live is not None:
+            self._live.step(logs["reward"], measures(logs), time_split(logs), logs["bottleneck"])
         else:
-            done = state.global_step - self._began_at
-            left = (time.perf_counter() - self._began) / max(done, 1) * (state.max_steps - state.global_step)
             self._console.print(
-                f"step {state.global_step}/{state.max_steps}  {line}  left {_clock(left)}\n    {logs['bottleneck_line']}",
+                f"step {state.global_step}/{state.max_steps}  {summary(logs)}  left {clock(self._pace.left_s or 0)}"
+                f"\n    {logs['bottleneck_line']}",
                 highlight=False,
                 markup=False,
                 soft_wrap=True,
@@ -56,9 +61,13 @@ class ProgressReport(TrainerCallback):
 
     def stop(self) -> None:
         """Give the terminal back; also called when training fails."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _tell(self, kind: str, record: Mapping[str, Any]) -> None:
+        if self._live is not None and kind == "events" and record["kind"] not in _NO_NEWS:
+            self._live.tell(record["text"])
 
 
 _NOT_EXACT = "The rollout function returned other tokens or text than it sampled (docs/guides/rollouts.md)."
@@ -95,20 +104,23 @@ class FailureNotes:
 
 def summary(logs: Mapping[str, Any]) -> str:
     """reward, KL, length, and what training waited for in the step's time, in one line."""
-    reward, unscored = logs["reward"], logs["frac_reward_none"]
-    parts = ["reward none, nothing to learn from" if math.isnan(reward) else f"reward {reward:.3f}"]
-    if 0 < unscored < 1:
-        parts.append(f"({unscored:.0%} without)")
+    reward = logs["reward"]
+    shown = "reward none, nothing to learn from" if math.isnan(reward) else f"reward {reward:.3f}"
+    return f"{shown}  {measures(logs)}  {time_split(logs)}"
+
+
+def measures(logs: Mapping[str, Any]) -> str:
+    """What else is known of the step's completions."""
+    unscored = logs["frac_reward_none"]
+    parts = [f"({unscored:.0%} without)"] if 0 < unscored < 1 else []
     parts.append(f"len {logs['completions/mean_length']:.1f}")
     if "kl" in logs:
         parts.append(f"kl {logs['kl']:.4f}")
-    parts.append(
-        f"{logs['perf/step_s']:.2f} s = rollouts {logs['perf/rollout_wait_s']:.2f} + train {logs['perf/fwd_bwd_s']:.2f}"
-        f" + publish {logs['perf/weight_sync_wait_s']:.2f}"
-    )
     return "  ".join(parts)
 
 
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
+def time_split(logs: Mapping[str, Any]) -> str:
+    return (
+        f"{logs['perf/step_s']:.2f} s = rollouts {logs['perf/rollout_wait_s']:.2f} + train {logs['perf/fwd_bwd_s']:.2f}"
+        f" + publish {logs['perf/weight_sync_wait_s']:.2f}"
+    )

@@ -44,7 +44,7 @@ class RankZero:
             job.resume.step if job.resume else None,
         )
         self.journal = Journal(self.files, first, job.total_steps)
-        self.progress = ProgressReport(job.console, self.files)
+        self.progress = ProgressReport(job.console, self.files, None if client is None else client.list_workers)
         self.trackers = Trackers(config, job.resume.step if job.resume else None, job.console)
         self.files.listeners.append(self.trackers.record)
         self.callbacks = [self.trackers, self.progress]

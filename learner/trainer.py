@@ -30,8 +30,9 @@ from rlx.episode import Episode, Status
 from rlx.learner.adapters import without_adapter
 from rlx.learner.batching import MicroBatch
 from rlx.learner.bottleneck import StepTimes
-from rlx.learner.checkpoints import CHECKPOINT_MARKER, clear, seal
+from rlx.learner.checkpoints import clear, seal
 from rlx.learner.entropy import EntropyBonus, high_entropy
+from rlx.learner.kept import CHECKPOINT_MARKER
 from rlx.learner.logprobs import completion_logprobs
 from rlx.learner.loss_metrics import LossMetrics
 from rlx.learner.losses import LossOptions, policy_loss

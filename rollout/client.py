@@ -159,6 +159,10 @@ class RolloutClient:
         """`{"weight_version": int, "instance": str, "workers": [WorkerStatus as a mapping, ...]}`."""
         return self._call(self._json("GET", "/v1/workers", "the rollout service"))
 
+    def list_workers(self) -> list[dict[str, Any]]:
+        """Name, state, weight version and load of every worker."""
+        return list(self.workers()["workers"])
+
     def add_workers(self, count: int) -> list[str]:
         """Start `count` more; returns their names at once, `workers` says how far they are."""
         answer = self._call(self._json("POST", "/v1/workers", "new workers", {"count": count}))

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from rlx.config import Config, load_config
 from rlx.errors import ConfigError
-from rlx.learner.checkpoints import CHECKPOINT_MARKER, clear, find_resume_point, save_final, seal
+from rlx.learner.checkpoints import clear, find_resume_point, save_final, seal
+from rlx.learner.kept import CHECKPOINT_MARKER
 from rlx.learner.main import train
 
 

@@ -1,18 +1,27 @@
-"""Which of several failed learner processes is the cause."""
+"""Which of several failed learner processes is the cause, and what a run that ended early says last."""
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
-from rlx.learner.launch import first_cause
+from rlx.config import Config, load_config
+from rlx.learner import launch
+from rlx.learner.launch import failure_message, first_cause, log_of, stopped_message
 
 
 @dataclass
 class Failed:
     exitcode: int
     timestamp: int
+    local_rank: int = 1
 
 
 @pytest.mark.parametrize(
@@ -27,3 +36,64 @@ class Failed:
 )
 def test_the_process_that_was_killed_is_the_cause_of_those_that_fail_with_it(failures, cause):
     assert first_cause(failures).exitcode == cause
+
+
+def configured(folder: Path, more: str = "") -> Config:
+    path = folder / "cfg.yaml"
+    path.write_text(f"base_model: x\nrl: grpo\ndatasets:\n  - path: a\noutput_dir: {folder / 'out'}\n{more}")
+    return load_config(path)
+
+
+def test_what_another_rank_said_last_is_told_with_its_log(tmp_path):
+    config = configured(tmp_path)
+    log = log_of(config, 1)
+    log.parent.mkdir(parents=True)
+    log.write_text("loading\nTraceback (most recent call last):\n  File x\nValueError: of two kinds\n")
+    assert (
+        failure_message(config, Failed(1, 0))
+        == f"error: learner process 1 failed: ValueError: of two kinds; its log: {log}"
+    )
+    log.write_text("error: no memory\nlater noise\n")
+    assert failure_message(config, Failed(1, 0)) == f"error: learner process 1 failed: no memory; its log: {log}"
+    killed = failure_message(config, Failed(-9, 0))
+    assert killed.startswith("error: learner process 1 was killed by signal 9, SIGKILL (the kernel does that")
+    assert killed.endswith(f"its log: {log}")
+
+
+def test_rank_0_has_told_its_own_error_on_the_terminal(tmp_path):
+    config = configured(tmp_path)
+    assert failure_message(config, Failed(1, 0, local_rank=0)) == ""
+    told = failure_message(config, Failed(-11, 0, local_rank=0))
+    assert told == "error: learner process 0 was killed by signal 11, SIGSEGV"
+
+
+def test_a_stopped_run_says_what_it_kept_and_how_to_go_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = configured(tmp_path)
+    assert stopped_message(config, [], 2, 2).startswith("stopped by Ctrl-C; no checkpoint had been written (save_steps")
+    for step, saved_at in ((8, 1.0), (4, 2.0)):
+        folder = tmp_path / "out" / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        (folder / "rlx_state.json").write_text(json.dumps({"saved_at": saved_at}))
+    (tmp_path / "out" / "checkpoint-12").mkdir()
+    newest = tmp_path / "out" / "checkpoint-4"
+    assert stopped_message(config, ["--seed", "a b"], 2, 15) == (
+        f"stopped by SIGTERM; {newest} is kept. To go on: rlx train cfg.yaml --num-processes 2 --seed 'a b' "
+        "--auto_resume_from_checkpoints true"
+    )
+    resuming = configured(tmp_path, "auto_resume_from_checkpoints: true\n")
+    assert (
+        stopped_message(resuming, [], 1, 2)
+        == f"stopped by Ctrl-C; {newest} is kept: the same command goes on from there"
+    )
+
+
+def test_the_folders_of_launchers_that_were_killed_are_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    for pid in (ended.pid, os.getpid()):
+        (tmp_path / f"rlx-learner-{pid}-abc").mkdir()
+    (tmp_path / "rlx-learner-other").mkdir()
+    launch._remove_left_behind()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"rlx-learner-{os.getpid()}-abc", "rlx-learner-other"]

@@ -162,8 +162,8 @@ def test_a_step_is_two_lines_the_second_of_which_says_what_bounded_it(tmp_path: 
     assert record["perf/rollout_wait_s"] == 6
 
 
-def test_the_bar_of_a_terminal_ends_with_the_verdict(tmp_path: Path) -> None:
-    console = Console(file=StringIO(), width=250, force_terminal=True)
+def test_a_terminal_shows_the_verdict_and_what_it_suggests(tmp_path: Path) -> None:
+    console = Console(file=StringIO(), width=250, force_terminal=True, color_system=None, _environ={"TERM": "xterm"})
     printed = shown(RunFiles(tmp_path, 0), console, LOGS)
-    assert "publish 0.00  generation-bound: 3 more workers would balance it" in printed
+    assert "bound       generation-bound: 3 more workers would balance it" in printed
     assert "learner waited" not in printed
