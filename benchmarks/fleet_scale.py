@@ -30,6 +30,7 @@ from rlx.config.sections import AsyncSection, ServiceSection
 from rlx.envs.single_turn import SingleTurn
 from rlx.rollout.engine_worker import EngineWorker
 from rlx.rollout.service import RolloutService
+from rlx.rollout.worker import Taken
 from rlx.wire import Completion, GroupRequest, Sampling, WeightManifest
 
 SIZES = (8, 64, 256, 1024, 4096)
@@ -50,10 +51,10 @@ class SlowEngine(SleepEngine):
         self._seconds = random.uniform(*self._range)
         return await super().generate(request_id, prompt_ids, n, sampling)
 
-    async def commit(self, manifest: WeightManifest, path: str) -> str:
+    async def commit(self, manifest: WeightManifest, path: str) -> Taken:
         await asyncio.sleep(SWAP_S)
         self._version = manifest.version
-        return manifest.fingerprint
+        return Taken(manifest.fingerprint, SWAP_S)
 
 
 def fleet(size: int, shortest: float, longest: float) -> RolloutService:

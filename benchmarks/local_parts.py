@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from rlx.episode import Episode
-from rlx.rollout.engine import EngineLoad
 from rlx.rollout.manifest import fingerprint
+from rlx.rollout.worker import EngineLoad, Taken
 from rlx.wire import Completion, GroupRequest, RewardOutcome, Sampling, WeightManifest
 
 BENCHMARKS = Path(__file__).parent
@@ -62,9 +62,9 @@ class SleepEngine:
 
     async def announce(self, manifest: WeightManifest) -> None: ...
 
-    async def commit(self, manifest: WeightManifest, path: str) -> str:
+    async def commit(self, manifest: WeightManifest, path: str) -> Taken:
         self._version = manifest.version
-        return fingerprint(await asyncio.to_thread(Path(path).read_bytes))
+        return Taken(fingerprint(await asyncio.to_thread(Path(path).read_bytes)))
 
     def weight_version(self) -> int:
         return self._version

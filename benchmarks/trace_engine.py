@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from rlx.rollout.manifest import fingerprint
-from rlx.rollout.worker import EngineLoad
+from rlx.rollout.worker import EngineLoad, Taken
 from rlx.wire import Completion, Sampling, WeightManifest
 
 FIRST_TICKET = 16
@@ -143,7 +143,7 @@ class TraceEngine:
     async def announce(self, manifest: WeightManifest) -> None:
         self._check_alive()
 
-    async def commit(self, manifest: WeightManifest, path: str) -> str:
+    async def commit(self, manifest: WeightManifest, path: str) -> Taken:
         self._check_alive()
         await self.pause()
         try:
@@ -151,7 +151,7 @@ class TraceEngine:
             await asyncio.sleep(self._swap_s)
         finally:
             self.resume(manifest.version)
-        return received
+        return Taken(received, self._swap_s)
 
     def weight_version(self) -> int:
         return self._version

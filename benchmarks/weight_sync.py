@@ -39,6 +39,7 @@ from rlx.rollout.engine_worker import EngineWorker
 from rlx.rollout.gateway import serving
 from rlx.rollout.manifest import fingerprint
 from rlx.rollout.service import RolloutService
+from rlx.rollout.worker import Taken
 from rlx.wire import WeightManifest
 
 APPLY_GB_S = 1.0
@@ -55,11 +56,11 @@ SHAPES = {"quickstart": None, "36 MB": (512, 1536, 5), "270 MB": (1024, 4096, 8)
 class ApplyingEngine(SleepEngine):
     """Takes any weights, in the time that applying them takes."""
 
-    async def commit(self, manifest: WeightManifest, path: str) -> str:
+    async def commit(self, manifest: WeightManifest, path: str) -> Taken:
         found = await asyncio.to_thread(_fingerprint, path)
         await asyncio.sleep(manifest.nbytes / APPLY_GB_S / 1e9)
         self._version = manifest.version
-        return found
+        return Taken(found)
 
 
 def _fingerprint(path: str) -> str:

@@ -17,7 +17,7 @@ from rlx.cluster.reservation import Reservation
 from rlx.cluster.rollout_actor import Place, RolloutActor
 from rlx.errors import DeadlineExceeded, ServiceUnavailable
 from rlx.rollout.engine import Engine
-from rlx.rollout.worker import WorkerStatus
+from rlx.rollout.worker import Taken, WorkerStatus
 from rlx.wire import Completion, Sampling, WeightManifest
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ class RayWorker:
     async def announce(self, manifest: WeightManifest) -> None:
         await self._call("announce", manifest)
 
-    async def commit(self, manifest: WeightManifest, path: str) -> str:
+    async def commit(self, manifest: WeightManifest, path: str) -> Taken:
         """On the gateway's node the file is read in place; to other nodes its bytes travel through Ray."""
         if self.node_id != _this_node():
             return await self._call("commit_bytes", manifest, self._parcel.of(manifest, path))

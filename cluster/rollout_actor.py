@@ -20,7 +20,7 @@ from rlx.processes import alive, start_of, write_output_to
 from rlx.rollout.engine import Engine
 from rlx.rollout.engine_worker import EngineWorker
 from rlx.rollout.gateway import quiet_collector
-from rlx.rollout.worker import WorkerStatus
+from rlx.rollout.worker import Taken, WorkerStatus
 from rlx.wire import Completion, Sampling, WeightManifest
 
 if TYPE_CHECKING:
@@ -98,10 +98,10 @@ class RolloutActor:
     async def announce(self, manifest: WeightManifest) -> None:
         await self._ready().announce(manifest)
 
-    async def commit(self, manifest: WeightManifest, path: str) -> str:
+    async def commit(self, manifest: WeightManifest, path: str) -> Taken:
         return await self._ready().commit(manifest, path)
 
-    async def commit_bytes(self, manifest: WeightManifest, weights: np.ndarray) -> str:
+    async def commit_bytes(self, manifest: WeightManifest, weights: np.ndarray) -> Taken:
         """The same on another node than the gateway's: `weights` uint8 [nbytes], a view on Ray's object store."""
         with tempfile.NamedTemporaryFile(prefix=f"{self._name}-", suffix=".safetensors", dir="/dev/shm") as file:
             weights.tofile(file)

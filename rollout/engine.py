@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from rlx.rollout.worker import EngineLoad
+from rlx.rollout.worker import EngineLoad, Taken
 from rlx.wire import Completion, Sampling, WeightManifest
 
 
@@ -31,10 +31,9 @@ class Engine(Protocol):
     async def announce(self, manifest: WeightManifest) -> None:
         """Phase one: check that version, names, dtypes and shapes can be taken. Changes nothing that generates."""
 
-    async def commit(self, manifest: WeightManifest, path: str) -> str:
-        """Phase two: swap in the safetensors file at `path` while generation is paused, keep what is in flight,
-        clear the prefix cache, stamp tokens with the new version from here on. Returns the fingerprint of the
-        bytes it loaded (xxh3-128)."""
+    async def commit(self, manifest: WeightManifest, path: str) -> Taken:
+        """Phase two: read the safetensors file at `path` and get ready, swap while generation is paused, keep what is
+        in flight, clear the prefix cache, stamp tokens with the new version from here on."""
 
     def weight_version(self) -> int:
         """The version that the next sampled token will carry."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from rlx.rollout.engine import Engine
-from rlx.rollout.worker import WorkerStatus
+from rlx.rollout.worker import Taken, WorkerStatus
 from rlx.wire import Completion, Sampling, WeightManifest
 
 
@@ -52,7 +52,7 @@ class EngineWorker:
     async def announce(self, manifest: WeightManifest) -> None:
         await self._engine.announce(manifest)
 
-    async def commit(self, manifest: WeightManifest, path: str) -> str:
+    async def commit(self, manifest: WeightManifest, path: str) -> Taken:
         return await self._engine.commit(manifest, path)
 
     async def openai(self, route: str, body: dict[str, Any]) -> dict[str, Any] | AsyncIterator[str]:

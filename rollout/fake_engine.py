@@ -20,7 +20,7 @@ import numpy as np
 
 from rlx.errors import RequestTooLong, ServiceUnavailable, WeightSyncError
 from rlx.rollout.manifest import check_adapter, check_file, check_manifest, fingerprint
-from rlx.rollout.worker import EngineLoad
+from rlx.rollout.worker import EngineLoad, Taken
 from rlx.wire import Completion, Sampling, TensorSpec, WeightManifest
 
 END = 0
@@ -129,10 +129,11 @@ class FakeEngine:
         else:
             check_manifest(manifest, self._specs, tied=False, current_version=self._version)
 
-    async def commit(self, manifest: WeightManifest, path: str) -> str:
+    async def commit(self, manifest: WeightManifest, path: str) -> Taken:
         self._fail()
         await self.announce(manifest)
         self._open.clear()
+        closed_at = time.monotonic()
         try:
             await asyncio.to_thread(check_file, manifest, Path(path))
             received = fingerprint(await asyncio.to_thread(Path(path).read_bytes))
@@ -144,7 +145,7 @@ class FakeEngine:
             self._load_weights(manifest.version, received)
         finally:
             self._open.set()
-        return received
+        return Taken(received, time.monotonic() - closed_at)
 
     def weight_version(self) -> int:
         return self._version

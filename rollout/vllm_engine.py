@@ -23,9 +23,9 @@ from rlx.rollout.manifest import check_adapter, check_file, check_manifest, chec
 from rlx.rollout.vllm_load import LoadMeter
 from rlx.rollout.vllm_params import VllmOptions, engine_args, prompt_logprobs_params, sampling_params
 from rlx.rollout.vllm_start import first_cause, forget_environment, prepare_environment
-from rlx.rollout.vllm_update import adapter_from_file, join_nccl, update_from_file, update_over_nccl
+from rlx.rollout.vllm_update import adapter_from_file, join_nccl, stage_file, update_from_file, update_over_nccl
 from rlx.rollout.vllm_versions import TokenVersions
-from rlx.rollout.worker import EngineLoad
+from rlx.rollout.worker import EngineLoad, Taken
 from rlx.wire import Completion, Sampling, TensorSpec, WeightManifest
 
 _SHUTDOWN_S = 2.5
@@ -35,7 +35,7 @@ _SHUTDOWN_S = 2.5
 class VllmEngine:
     """One vLLM engine; the protocol is documented on `rlx.rollout.engine.Engine`.
 
-    Versions are exact because of the order in `commit`: no request is admitted any more, those being handed over
+    Versions are exact because of the order in `commit`: the new weights are read beside those that serve, no request is admitted any more, those being handed over
     have reached the engine core, generation pauses (vLLM answers once no step is in flight, through the same queue
     as every sampled token), the host has booked every output that came before that answer, tokens are counted, and
     only then the weights change.
@@ -53,7 +53,7 @@ class VllmEngine:
         self._broken = ""
         self._live: dict[str, TokenVersions] = {}
         self._adding: set[asyncio.Task[Any]] = set()
-        self._swapping = asyncio.Lock()
+        self._committing, self._swapping = asyncio.Lock(), asyncio.Lock()
         self._booked = True
         self._last_token = time.monotonic()
 
@@ -98,7 +98,7 @@ class VllmEngine:
         else:
             check_manifest(manifest, self._specs, self._tied(), self._version)
 
-    async def commit(self, manifest: WeightManifest, path: str) -> str:
+    async def commit(self, manifest: WeightManifest, path: str) -> Taken:
         # A caller that goes away must not leave the engine paused.
         return await asyncio.shield(asyncio.ensure_future(self._commit(manifest, path)))
 
@@ -238,25 +238,46 @@ class VllmEngine:
     def _tied(self) -> bool:
         return bool(self._llm.model_config.hf_text_config.tie_word_embeddings)
 
-    async def _commit(self, manifest: WeightManifest, path: str) -> str:
-        async with self._swapping:
+    async def _commit(self, manifest: WeightManifest, path: str) -> Taken:
+        async with self._committing:
             await self.announce(manifest)
             if self._options.transport == "cpu":
                 await asyncio.to_thread(check_file, manifest, Path(path))
-            try:
-                async with asyncio.timeout(self._options.sync_timeout_s):
-                    return await self._swap(manifest, path)
-            except TimeoutError:
-                self._broken = f"weights {manifest.version} were not loaded within {self._options.sync_timeout_s:.0f} s"
-                raise DeadlineExceeded(self._broken) from None
-            finally:
-                if self._broken:
-                    await self._llm.abort(list(self._live), internal=True)
+                if self._options.lora_rank is None:
+                    await self._stage(manifest, path)
+            async with self._swapping:
+                return await self._swap_in_time(manifest, path)
 
-    async def _swap(self, manifest: WeightManifest, path: str) -> str:
+    async def _stage(self, manifest: WeightManifest, path: str) -> None:
+        """What can be done while it generates; on an error nothing has changed."""
+        try:
+            async with asyncio.timeout(self._options.sync_timeout_s):
+                await stage_file(self._llm, manifest, path)
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"weights {manifest.version} were not read within {self._options.sync_timeout_s:.0f} s"
+            ) from None
+        except Exception as error:  # vLLM raises a bare Exception for whatever failed in its worker
+            raise WeightSyncError(f"weights {manifest.version} could not be read: {error}") from error
+
+    async def _swap_in_time(self, manifest: WeightManifest, path: str) -> Taken:
+        try:
+            async with asyncio.timeout(self._options.sync_timeout_s):
+                return await self._swap(manifest, path)
+        except TimeoutError:
+            self._broken = f"weights {manifest.version} were not loaded within {self._options.sync_timeout_s:.0f} s"
+            raise DeadlineExceeded(self._broken) from None
+        finally:
+            if self._broken:
+                await self._llm.abort(list(self._live), internal=True)
+
+    async def _swap(self, manifest: WeightManifest, path: str) -> Taken:
         if self._adding:
             await asyncio.wait(self._adding)
-        await self._llm.pause_generation(mode="keep", clear_cache=True)
+        await self._llm.renderer.clear_mm_cache_async()
+        paused_at = time.monotonic()
+        # Not `pause_generation`, which sleeps for as long as the last outputs may take: `_all_booked` knows.
+        await self._llm.engine_core.pause_scheduler_async(mode="keep", clear_cache=True)
         await self._all_booked()
         if self._meter is not None:
             self._meter.cleared()
@@ -266,14 +287,14 @@ class VllmEngine:
             received = manifest.fingerprint
         else:
             received = await self._swap_file(manifest, path)
-        await self._llm.update_weight_version(str(manifest.version))
         for versions, index, num_tokens in in_flight:
             # What began before the first adapter came goes on with the model alone.
             if self._options.lora_rank is None or versions.start > 0:
                 versions.mark(index, num_tokens, manifest.version)
         self._version = manifest.version
-        await self._llm.resume_generation()
-        return received
+        # The engine core takes calls in the order in which they are made.
+        await asyncio.gather(self._llm.update_weight_version(str(manifest.version)), self._llm.resume_generation())
+        return Taken(received, time.monotonic() - paused_at)
 
     async def _swap_file(self, manifest: WeightManifest, path: str) -> str:
         try:

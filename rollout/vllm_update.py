@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from rlx.wire import WeightManifest
 
+_FIRST_LOOK_S, _LAST_LOOK_S = 0.001, 0.01
 _TORCH_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
+async def stage_file(client: Any, manifest: WeightManifest, path: str) -> None:
+    """Every worker reads the file, compares its fingerprint and prepares what it can, while it generates."""
+    await client.collective_rpc("rlx_stage", args=(_file(manifest, path),))
+    pause_s = _FIRST_LOOK_S
+    while not all(await client.collective_rpc("rlx_staged")):
+        await asyncio.sleep(pause_s)
+        pause_s = min(pause_s * 1.3, _LAST_LOOK_S)
+
+
 async def update_from_file(client: Any, manifest: WeightManifest, path: str) -> list[dict[str, Any]]:
-    """Have every worker load the file; their reports: applied, fingerprint, nbytes, version."""
-    await _update(client, _described(manifest, path))
-    return await client.collective_rpc("rlx_weight_report")
+    """Have every worker load the file; their reports: applied, fingerprint, nbytes, version. Generation is paused."""
+    reports: list[dict[str, Any]] = await client.collective_rpc("rlx_take", args=(_file(manifest, path),))
+    return reports
 
 
 async def adapter_from_file(client: Any, manifest: WeightManifest, path: str) -> list[dict[str, Any]]:
     """The same for an adapter, which takes the place of the one before."""
-    return await client.collective_rpc("rlx_load_adapter", kwargs=_described(manifest, path))
+    return await client.collective_rpc("rlx_load_adapter", kwargs=_file(manifest, path))
 
 
 async def join_nccl(client: Any, init_info: dict[str, Any]) -> None:
@@ -37,21 +48,17 @@ async def update_over_nccl(client: Any, manifest: WeightManifest) -> None:
         "dtype_names": [_TORCH_DTYPES[t.dtype] for t in manifest.tensors],
         "shapes": [list(t.shape) for t in manifest.tensors],
     }
-    await _update(client, info)
+    from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+    await client.start_weight_update()
+    await client.update_weights(WeightTransferUpdateRequest(update_info=info))
+    await client.finish_weight_update()
 
 
-def _described(manifest: WeightManifest, path: str) -> dict[str, Any]:
+def _file(manifest: WeightManifest, path: str) -> dict[str, Any]:
     return {
         "path": path,
         "nbytes": manifest.nbytes,
         "fingerprint": manifest.fingerprint,
         "version": manifest.version,
     }
-
-
-async def _update(client: Any, info: dict[str, Any]) -> None:
-    from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
-
-    await client.start_weight_update()
-    await client.update_weights(WeightTransferUpdateRequest(update_info=info))
-    await client.finish_weight_update()

@@ -226,7 +226,7 @@ class WeightUpdates:
         )
 
     async def _take(self, member: Member, pending: _Pending) -> float:
-        """One worker swaps; returns the seconds of that. What goes wrong is noted on the member."""
+        """One worker swaps; returns the seconds for which it paused, or until it was given up. What goes wrong is noted on the member."""
         manifest, incarnation, start = pending.manifest, member.incarnation, _now()
         if not _runs(member) or member.weight_version == manifest.version:
             return 0.0  # the supervisor has it, or had it meanwhile
@@ -234,12 +234,11 @@ class WeightUpdates:
             if (member, incarnation) not in pending.accepted:
                 await answer_of(member.name, self._timeout, member.worker.announce(manifest))
                 start = _now()
-            await self._load(member, manifest, str(pending.file.path))
+            pause_s = await self._load(member, manifest, str(pending.file.path))
         except RlxError as error:
             if member.incarnation == incarnation:
                 self._lose(member, f"did not take weights {manifest.version}: {error}")
             return _now() - start
-        pause_s = _now() - start
         if member.incarnation == incarnation and _runs(member):
             self._fleet.took(member, manifest.version)
             if manifest.gate or member.kept:
@@ -248,10 +247,14 @@ class WeightUpdates:
                 self._fleet.settled()
         return pause_s
 
-    async def _load(self, member: Member, manifest: WeightManifest, path: str) -> None:
-        loaded = await answer_of(member.name, self._timeout, member.worker.commit(manifest, path))
-        if loaded != manifest.fingerprint:
-            raise WeightSyncError(f"it loaded bytes with the fingerprint {loaded}, {manifest.fingerprint} was sent")
+    async def _load(self, member: Member, manifest: WeightManifest, path: str) -> float:
+        """Seconds for which it paused."""
+        taken = await answer_of(member.name, self._timeout, member.worker.commit(manifest, path))
+        if taken.fingerprint != manifest.fingerprint:
+            raise WeightSyncError(
+                f"it loaded bytes with the fingerprint {taken.fingerprint}, {manifest.fingerprint} was sent"
+            )
+        return taken.pause_s
 
     async def _admit(self, member: Member, manifest: WeightManifest) -> None:
         """The gate: verified before it serves."""

@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from rlx.wire import WeightManifest
 
 SHARED_MEMORY = Path("/dev/shm")
 _PREFIX = "rlx-weights-"
+_PIECE = 4 * 2**20
+"""Bytes that are written down at once."""
 
 
 class WeightFile:
@@ -54,15 +57,31 @@ class WeightFile:
             )
 
     async def _fill_whole(self, chunks: AsyncIterator[bytes]) -> None:
-        size, digest = 0, xxhash.xxh3_128()
-        with self.path.open("wb", buffering=0) as file:
+        """What came is written and hashed in a thread, piece by piece, while more comes; a small rest here."""
+        size, waiting, digest = 0, 0, xxhash.xxh3_128()
+        batch: list[bytes] = []
+        with self.path.open("wb", buffering=0) as file, ThreadPoolExecutor(1, "rlx-weights") as thread:
+
+            def write(chunks: list[bytes]) -> None:
+                for chunk in chunks:
+                    digest.update(chunk)
+                    view = memoryview(chunk)
+                    while view:
+                        view = view[file.write(view) :]
+
+            writing: Future[None] | None = None
             async for chunk in chunks:
-                size += len(chunk)
+                size, waiting = size + len(chunk), waiting + len(chunk)
                 self._check_size(size, ended=False)
-                digest.update(chunk)
-                view = memoryview(chunk)
-                while view:
-                    view = view[file.write(view) :]
+                batch.append(chunk)
+                if waiting >= _PIECE:
+                    if writing is not None:
+                        await asyncio.wrap_future(writing)
+                    writing = thread.submit(write, batch)
+                    batch, waiting = [], 0
+            if writing is not None:
+                await asyncio.wrap_future(writing)
+            write(batch)
         self._check_size(size, ended=True)
         if digest.hexdigest() != self.manifest.fingerprint:
             raise WeightSyncError(

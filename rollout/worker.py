@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -48,6 +48,14 @@ class WorkerStatus:
     load_age_s: float = 0.0
 
 
+class Taken(NamedTuple):
+    """New weights that a worker generates with: xxh3-128 of the bytes it loaded, in hex, and the seconds in which it
+    generated nothing."""
+
+    fingerprint: str
+    pause_s: float = 0.0
+
+
 class Worker(Protocol):
     """A rollout worker: an `rlx.rollout.engine.Engine` behind a name, possibly in another process or on another node.
 
@@ -68,8 +76,8 @@ class Worker(Protocol):
 
     async def announce(self, manifest: WeightManifest) -> None: ...
 
-    async def commit(self, manifest: WeightManifest, path: str) -> str:
-        """Take the weights in the safetensors file `path` on the gateway's node; returns the fingerprint received."""
+    async def commit(self, manifest: WeightManifest, path: str) -> Taken:
+        """Take the weights in the safetensors file `path` on the gateway's node."""
 
     async def openai(self, route: str, body: dict[str, Any]) -> dict[str, Any] | AsyncIterator[str]: ...
 

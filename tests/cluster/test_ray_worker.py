@@ -111,7 +111,7 @@ async def test_weights_reach_workers_on_the_gateways_node_and_on_another(workers
     assert len({worker.node_id for worker in workers}) == 2
     for worker in workers:
         await worker.announce(manifest)
-    assert [await worker.commit(manifest, str(path)) for worker in workers] == [manifest.fingerprint] * 2
+    assert [(await worker.commit(manifest, str(path))).fingerprint for worker in workers] == [manifest.fingerprint] * 2
     assert [(await worker.status()).weight_version for worker in workers] == [3, 3]
     assert not [name for name in os.listdir("/dev/shm") if name.startswith("rlx-rollout-")]
 

@@ -7,6 +7,7 @@ import asyncio
 import json
 import random
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from rlx.rollout.app import create_app
 from rlx.rollout.gateway import bind, serving
 from rlx.rollout.manifest import fingerprint
 from rlx.rollout.service import RolloutService
-from rlx.rollout.worker import WorkerStatus
+from rlx.rollout.worker import Taken, WorkerStatus
 from rlx.wire import Completion, GroupRequest, RewardOutcome, Sampling, WeightManifest
 
 TOKEN = "a-token-of-the-tests"
@@ -82,12 +83,13 @@ class ScriptedWorker:
 
     async def announce(self, manifest: WeightManifest) -> None: ...
 
-    async def commit(self, manifest: WeightManifest, path: str) -> str:
+    async def commit(self, manifest: WeightManifest, path: str) -> Taken:
+        began = time.monotonic()
         data = await asyncio.to_thread(Path(path).read_bytes)
         self.version, self.published[manifest.version] = manifest.version, data
         self.manifests[manifest.version] = manifest
         self.events.append(("publish", manifest.version))
-        return fingerprint(data)
+        return Taken(fingerprint(data), time.monotonic() - began)
 
     async def openai(self, route: str, body: dict[str, Any]) -> dict[str, Any] | AsyncIterator[str]:
         return {}

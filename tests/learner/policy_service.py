@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from rlx.rollout.manifest import fingerprint
-from rlx.rollout.worker import WorkerStatus
+from rlx.rollout.worker import Taken, WorkerStatus
 from rlx.wire import Completion, Sampling, WeightManifest
 
 WORDS = ("<pad>", "<end>", *"abcdefghij", "go")
@@ -91,11 +91,11 @@ class PolicyWorker:
 
     async def announce(self, manifest: WeightManifest) -> None: ...
 
-    async def commit(self, manifest: WeightManifest, path: str) -> str:
+    async def commit(self, manifest: WeightManifest, path: str) -> Taken:
         data = await asyncio.to_thread(Path(path).read_bytes)
         self._model.load_state_dict(load(data), strict=False)  # a tied head travels once
         self.version = manifest.version
-        return fingerprint(data)
+        return Taken(fingerprint(data))
 
     async def openai(self, route: str, body: dict[str, Any]) -> dict[str, Any] | AsyncIterator[str]:
         return {}

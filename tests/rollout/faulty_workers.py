@@ -21,7 +21,7 @@ from rlx.errors import ModelError, ServiceUnavailable, WeightSyncError
 from rlx.rollout.fleet import Fleet
 from rlx.rollout.supervisor import Supervisor
 from rlx.rollout.weight_updates import UpdateTimes, WeightUpdates
-from rlx.rollout.worker import WorkerStatus
+from rlx.rollout.worker import Taken, WorkerStatus
 from rlx.wire import Completion, Probe, Sampling, TensorSpec, WeightManifest
 
 T = TypeVar("T")
@@ -116,13 +116,13 @@ class FaultyWorker:
         if manifest.version <= self.version:
             raise WeightSyncError(f"version {self.version} is already serving")
 
-    async def commit(self, manifest: WeightManifest, path: str) -> str:
+    async def commit(self, manifest: WeightManifest, path: str) -> Taken:
         fault = await self._do("commit")
         data = Path(path).read_bytes()  # noqa: ASYNC240 - a thread would not wait for the clock that jumps
         if fault == "other_bytes":
             data += b"!"
         self.version, self.data, self.skew = manifest.version, data, 1.0 if fault == "skew" else 0.0
-        return xxhash.xxh3_128_hexdigest(data)
+        return Taken(xxhash.xxh3_128_hexdigest(data))
 
     async def openai(self, route: str, body: dict[str, Any]) -> dict[str, Any]:
         return {}

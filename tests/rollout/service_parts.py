@@ -19,7 +19,7 @@ from rlx.errors import ServiceUnavailable, WeightSyncError
 from rlx.rollout.app import create_app
 from rlx.rollout.gateway import bind, serving
 from rlx.rollout.service import RolloutService
-from rlx.rollout.worker import WorkerStatus
+from rlx.rollout.worker import Taken, WorkerStatus
 from rlx.wire import Completion, GroupRequest, RewardOutcome, Sampling, TensorSpec, WeightManifest
 
 TOKEN = "a-token-of-the-tests"
@@ -39,6 +39,7 @@ class LocalWorker:
         self.refuses, self.takes_other_bytes, self.silent = "", False, False
         self.start_error: Exception | None = None
         self.closed = False
+        self.pause_s = 0.0
         self._token_at = time.monotonic()
 
     def _alive(self) -> None:
@@ -77,13 +78,13 @@ class LocalWorker:
         if self.refuses:
             raise WeightSyncError(self.refuses)
 
-    async def commit(self, manifest: WeightManifest, path: str) -> str:
+    async def commit(self, manifest: WeightManifest, path: str) -> Taken:
         self._alive()
         await self.open.wait()
         data = await asyncio.to_thread(Path(path).read_bytes)
         self.committed.append(data)
         self.version = manifest.version
-        return xxhash.xxh3_128_hexdigest(data + b"!" if self.takes_other_bytes else data)
+        return Taken(xxhash.xxh3_128_hexdigest(data + b"!" if self.takes_other_bytes else data), self.pause_s)
 
     async def openai(self, route: str, body: dict[str, Any]) -> dict[str, Any] | AsyncIterator[str]:
         self._alive()
@@ -109,6 +110,7 @@ class LocalScorer:
         self.open.set()
         self.error: Exception | None = None
         self.closed = False
+        self.pause_s = 0.0
 
     async def start(self) -> None:
         pass

@@ -112,7 +112,7 @@ async def test_a_commit_changes_the_version_of_what_comes_after(subject: Subject
     before = await subject.engine.prompt_logprobs(PROMPT)
     await subject.engine.announce(manifest)
     assert subject.engine.weight_version() == old
-    assert await subject.engine.commit(manifest, path) == manifest.fingerprint
+    assert (await subject.engine.commit(manifest, path)).fingerprint == manifest.fingerprint
     assert subject.engine.weight_version() == old + 1
     [c] = await subject.engine.generate("r", PROMPT, 1, Sampling(max_tokens=5))
     assert c.versions == ((old + 1, c.ids.size),)

@@ -158,7 +158,7 @@ async def publish(engine, packed: Packed, folder: Path) -> None:
     path = folder / f"{version}.safetensors"
     path.write_bytes(packed.payload)
     manifest = WeightManifest(version, len(packed.payload), packed.fingerprint, packed.tensors)
-    assert await engine.commit(manifest, str(path)) == packed.fingerprint
+    assert (await engine.commit(manifest, str(path))).fingerprint == packed.fingerprint
 
 
 async def difference(engine, model: torch.nn.Module) -> float:

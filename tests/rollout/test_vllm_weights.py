@@ -70,7 +70,9 @@ async def _check_two_syncs(engine, folder: str, tmp_path: Path) -> None:
 async def _sync(engine, model: torch.nn.Module, version: int, folder: Path) -> None:
     path = folder / f"{version}.safetensors"
     manifest = write_update(path, version, model_tensors(model))
-    assert await engine.commit(manifest, str(path)) == manifest.fingerprint
+    assert (await engine.commit(manifest, str(path))).fingerprint == manifest.fingerprint
+    [report] = await engine._llm.collective_rpc("rlx_weight_report")
+    assert report["beside"], "it was loaded in the pause"
 
 
 async def _difference(engine, model: torch.nn.Module) -> float:
