@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
@@ -30,11 +31,19 @@ _CONCURRENCY = 1024
 
 
 class WeightParcel:
-    """The newest weights in Ray's object store, put there once for the workers of all other nodes."""
+    """The newest weights, made ready once for all workers: in Ray's object store for those of other nodes; and their
+    manifest as bytes, which Ray would pickle anew for each."""
 
     def __init__(self) -> None:
         self._fingerprint = ""
         self._ref: ray.ObjectRef[np.ndarray] | None = None
+        self._described: tuple[WeightManifest | None, bytes] = (None, b"")
+
+    def described(self, manifest: WeightManifest) -> bytes:
+        """JSON."""
+        if self._described[0] is not manifest:
+            self._described = manifest, json.dumps(manifest.to_json()).encode()
+        return self._described[1]
 
     def of(self, manifest: WeightManifest, path: str) -> ray.ObjectRef[np.ndarray]:
         if self._ref is None or self._fingerprint != manifest.fingerprint:
@@ -135,13 +144,13 @@ class RayWorker:
         return await self._call("prompt_logprobs", ids)
 
     async def announce(self, manifest: WeightManifest) -> None:
-        await self._call("announce", manifest)
+        await self._call("announce", self._parcel.described(manifest))
 
     async def commit(self, manifest: WeightManifest, path: str) -> Taken:
         """On the gateway's node the file is read in place; to other nodes its bytes travel through Ray."""
         if self.node_id != _this_node():
-            return await self._call("commit_bytes", manifest, self._parcel.of(manifest, path))
-        return await self._call("commit", manifest, path)
+            return await self._call("commit_bytes", self._parcel.described(manifest), self._parcel.of(manifest, path))
+        return await self._call("commit", self._parcel.described(manifest), path)
 
     async def openai(self, route: str, body: dict[str, Any]) -> dict[str, Any] | AsyncIterator[str]:
         if not body.get("stream"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import tempfile
 import time
@@ -95,18 +96,19 @@ class RolloutActor:
     async def prompt_logprobs(self, ids: np.ndarray) -> np.ndarray:
         return await self._ready().prompt_logprobs(ids)
 
-    async def announce(self, manifest: WeightManifest) -> None:
-        await self._ready().announce(manifest)
+    async def announce(self, manifest: bytes) -> None:
+        """`manifest`: as JSON, here and below."""
+        await self._ready().announce(_manifest(manifest))
 
-    async def commit(self, manifest: WeightManifest, path: str) -> Taken:
-        return await self._ready().commit(manifest, path)
+    async def commit(self, manifest: bytes, path: str) -> Taken:
+        return await self._ready().commit(_manifest(manifest), path)
 
-    async def commit_bytes(self, manifest: WeightManifest, weights: np.ndarray) -> Taken:
+    async def commit_bytes(self, manifest: bytes, weights: np.ndarray) -> Taken:
         """The same on another node than the gateway's: `weights` uint8 [nbytes], a view on Ray's object store."""
         with tempfile.NamedTemporaryFile(prefix=f"{self._name}-", suffix=".safetensors", dir="/dev/shm") as file:
             weights.tofile(file)
             file.flush()
-            return await self._ready().commit(manifest, file.name)
+            return await self._ready().commit(_manifest(manifest), file.name)
 
     async def openai(self, route: str, body: dict[str, Any]) -> dict[str, Any]:
         answer = await self._ready().openai(route, body)
@@ -136,6 +138,10 @@ class RolloutActor:
     def _ready(self) -> EngineWorker:
         assert self._worker is not None, "the gateway sends nothing before `start` came back"
         return self._worker
+
+
+def _manifest(text: bytes) -> WeightManifest:
+    return WeightManifest.from_json(json.loads(text))
 
 
 async def _gone(before: Place) -> None:

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
-from typing import TypeVar
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
 
 from rlx.errors import DeadlineExceeded, RlxError, ServiceUnavailable
 
 T = TypeVar("T")
 
 
-@asynccontextmanager
-async def deadline(seconds: float, message: Callable[[], str]) -> AsyncIterator[None]:
-    """Cancel the body after `seconds` and raise DeadlineExceeded(message()), asked for at that moment."""
-    try:
-        async with asyncio.timeout(seconds) as scope:
-            yield
-    except TimeoutError as error:
-        if scope.expired() and not isinstance(error, DeadlineExceeded):
-            raise DeadlineExceeded(message()) from None
-        raise
+class deadline:
+    """`async with`: cancel the body after `seconds` and raise DeadlineExceeded(message()), asked for at that moment.
+
+    A class, as a generator would double the cost of a call to a worker."""
+
+    __slots__ = ("_message", "_scope")
+
+    def __init__(self, seconds: float, message: Callable[[], str]):
+        self._scope, self._message = asyncio.timeout(seconds), message
+
+    async def __aenter__(self) -> None:
+        await self._scope.__aenter__()
+
+    async def __aexit__(self, *raised: Any) -> bool | None:
+        try:
+            return await self._scope.__aexit__(*raised)
+        except TimeoutError:
+            raise DeadlineExceeded(self._message()) from None
 
 
 async def answer_of(worker: str, seconds: float, answer: Awaitable[T], failing: str = "did not answer") -> T:

@@ -235,12 +235,13 @@ class Fleet:
 
     def settled(self) -> None:
         """Only the newest weights serve."""
-        self._previous = None
-        self._notify()
+        if self._previous is not None:
+            self._previous = None
+            self._notify()
 
     def took(self, member: Member, version: int) -> None:
         member.weight_version = version
-        self._notify(member)
+        self._notify()
 
     def is_behind(self, member: Member) -> bool:
         """Ready, but nobody is about to give it the fleet's weights."""

@@ -52,7 +52,7 @@ class UpdateTimes:
 @dataclass
 class _Pending:
     file: WeightFile
-    accepted: list[tuple[Member, int]]
+    accepted: dict[Member, int]
     """Who said that it can take them, in which incarnation."""
     receiving: bool = False
     transfer_s: float | None = None
@@ -88,15 +88,16 @@ class WeightUpdates:
             self._check_new(manifest)
             self.discard()
             members = await self._takers()
-            asked = [(m, m.incarnation) for m in members]
+            asked = {m: m.incarnation for m in members}
             outcomes = await asyncio.gather(*(self._outcome(m, m.worker.announce(manifest)) for m in members))
             failed = [(m, error) for m, error in zip(members, outcomes, strict=True) if error is not None]
             if len(failed) == len(members):
                 self._nobody_accepts(manifest, failed)
             for member, error in failed:
                 self._lose(member, f"cannot take weights {manifest.version}: {error}", error)
-            lost = {m.name for m, _ in failed}
-            self._pending = _Pending(WeightFile(manifest), [(m, i) for m, i in asked if m.name not in lost])
+            for member, _ in failed:
+                del asked[member]
+            self._pending = _Pending(WeightFile(manifest), asked)
 
     async def receive(self, version: int, chunks: AsyncIterator[bytes]) -> float:
         """Write the announced bytes down and compare their fingerprint; returns the seconds it took."""
@@ -231,7 +232,7 @@ class WeightUpdates:
         if not _runs(member) or member.weight_version == manifest.version:
             return 0.0  # the supervisor has it, or had it meanwhile
         try:
-            if (member, incarnation) not in pending.accepted:
+            if pending.accepted.get(member) != incarnation:
                 await answer_of(member.name, self._timeout, member.worker.announce(manifest))
                 start = _now()
             pause_s = await self._load(member, manifest, str(pending.file.path))
