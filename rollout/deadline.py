@@ -24,9 +24,9 @@ class deadline:
     async def __aenter__(self) -> None:
         await self._scope.__aenter__()
 
-    async def __aexit__(self, *raised: Any) -> bool | None:
+    async def __aexit__(self, *raised: Any) -> None:
         try:
-            return await self._scope.__aexit__(*raised)
+            await self._scope.__aexit__(*raised)
         except TimeoutError:
             raise DeadlineExceeded(self._message()) from None
 
