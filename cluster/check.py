@@ -103,10 +103,15 @@ def _check_adapter(config: Config, found: _Findings) -> None:
     if config.adapter is None:
         return
     from rlx.learner.adapters import check_folder
+    from rlx.learner.quantized import check_installed
 
     try:
+        check_installed(config)
         check_folder(config)
-        found.lines.append(f"adapter: {config.lora_model_dir or f'new, rank {config.lora_r}'}")
+        found.lines.append(
+            f"adapter: {config.lora_model_dir or f'new, rank {config.lora_r}'}, sent to the workers "
+            f"{'alone' if config.lora_sync == 'adapter' else 'merged'}"
+        )
     except ConfigError as error:
         found.errors.append(error)
 

@@ -1,4 +1,4 @@
-"""What the workers get of a model: every parameter with its adapter merged in, or the adapter alone.
+"""What the workers get of a model: every parameter with its adapter merged in, not quantised, or the adapter alone.
 
     published_weights(model)  names and shapes of the base model; a layer's update is merged in when it is asked for
     adapter_weights(model)    A and B of each layer under PEFT's names; B holds the scale, so that readers need none
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from rlx.config import Config
 from rlx.errors import ConfigError
+from rlx.learner.quantized import is_quantized, matrix_of, shape_of
 
 
 @dataclass(frozen=True)
@@ -27,15 +28,20 @@ class Weight:
     layer: LoraLayer | None = None
     scale: float = 1.0
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return shape_of(self.parameter)
+
     @torch.no_grad()
     def value(self) -> Tensor:
-        """Float32 as the parameter; a view of it where nothing is to be computed."""
+        """Float32; the parameter itself where nothing is to be computed."""
+        value = matrix_of(self.parameter)
         if self.layer is None:
-            return self.parameter if self.scale == 1 else self.parameter * self.scale
+            return value if self.scale == 1 else value * self.scale
         (name,) = self.layer.active_adapters
         if name in self.layer.lora_variant:
-            return self.layer.lora_variant[name].merge_safe(self.layer, name, self.parameter)
-        return self.parameter + self.layer.get_delta_weight(name)
+            return self.layer.lora_variant[name].merge_safe(self.layer, name, value)
+        return value + self.layer.get_delta_weight(name)
 
 
 def published_weights(model: nn.Module) -> dict[str, Weight]:
@@ -56,7 +62,7 @@ def published_weights(model: nn.Module) -> dict[str, Weight]:
             at = path.index("base_layer")
             layer = layers[".".join(path[:at])] if path[-1] == "weight" else None
             path[at : at + 1] = []
-        weights[".".join(path)] = Weight(parameter.detach(), layer)
+        weights[".".join(path)] = Weight(parameter if is_quantized(parameter) else parameter.detach(), layer)
     return weights
 
 

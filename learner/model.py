@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from rlx.config import Config
 from rlx.hub import located, unusable
+from rlx.learner.quantized import quantization, ready_to_train
 
 
 def load_model(config: Config) -> PreTrainedModel:
-    """The causal language model in float32: the master weights that the optimizer updates."""
-    name = located(config, "base_model")
+    """The causal language model in float32: the master weights that the optimizer updates. With `adapter: qlora` its
+    matrices are in 4 bits."""
+    name, in_4_bits = located(config, "base_model"), quantization(config)
+    options: dict[str, Any] = {} if in_4_bits is None else {"quantization_config": in_4_bits, "device_map": {"": "cpu"}}
     try:
         model = AutoModelForCausalLM.from_pretrained(
             name,
@@ -19,19 +24,33 @@ def load_model(config: Config) -> PreTrainedModel:
             trust_remote_code=config.trust_remote_code,
             dtype=torch.float32,
             attn_implementation=config.attention,
+            **options,
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise unusable(config, "base_model", name, error) from error
     model.config.use_cache = False
+    if in_4_bits is not None:
+        ready_to_train(model)
     if config.trl.disable_dropout:
         disable_dropout(model)
     return model
 
 
 def disable_dropout(model: torch.nn.Module) -> None:
+    """Also where it is no module of its own: a number that a module holds, or reads from the model's settings."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
+        _zero_rates(module)
+        if isinstance(settings := getattr(module, "config", None), PreTrainedConfig):
+            _zero_rates(settings)
+            _zero_rates(settings.get_text_config())
+
+
+def _zero_rates(holder: object) -> None:
+    for name, value in vars(holder).items():
+        if isinstance(value, float) and "drop" in name:
+            setattr(holder, name, 0.0)
 
 
 def saved_dtype(config: Config) -> torch.dtype:

@@ -183,16 +183,16 @@ def pack(model: nn.Module, dtype: torch.dtype, probe: Probe | None = None, lora_
     into its place. An adapter is merged in float32, layer by layer, and the model stays as it is.
     """
     weights = adapter_weights(model) if lora_sync == "adapter" else published_weights(model)
-    tensors = tuple(TensorSpec(name, _CODES[dtype], tuple(w.parameter.shape)) for name, w in weights.items())
-    ends = np.cumsum([0, *(w.parameter.numel() * dtype.itemsize for w in weights.values())]).tolist()
+    tensors = tuple(TensorSpec(name, _CODES[dtype], w.shape) for name, w in weights.items())
+    ends = np.cumsum([0, *(math.prod(w.shape) * dtype.itemsize for w in weights.values())]).tolist()
     head = _header(tensors, ends)
     payload = memoryview(np.empty(len(head) + ends[-1], np.uint8))  # type: ignore[arg-type]
     payload[: len(head)] = head
     for weight, start, end in zip(weights.values(), ends, ends[1:], strict=False):
         if start < end:
-            parameter = weight.parameter
-            place = torch.frombuffer(payload, dtype=dtype, count=parameter.numel(), offset=len(head) + start)
-            place.view(parameter.shape).copy_(weight.value())
+            count = (end - start) // dtype.itemsize
+            place = torch.frombuffer(payload, dtype=dtype, count=count, offset=len(head) + start)
+            place.view(weight.shape).copy_(weight.value())
     return Packed(payload.toreadonly(), tensors, dtype.itemsize, probe, adapter_files(model))
 
 

@@ -10,7 +10,11 @@ from rlx.config.section import Section
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM can make room for."""
-_OFF: tuple[Any, ...] = (None, False, [], "")
+_OFF: tuple[Any, ...] = (None, False, [], {}, "")
+_QUANTISATION: dict[str, tuple[Any, ...]] = {
+    "bnb_4bit_quant_type": ("nf4", "fp4"),
+    "bnb_4bit_use_double_quant": (True, False),
+}
 
 
 def engine_rank(rank: int) -> int:
@@ -21,8 +25,14 @@ def engine_rank(rank: int) -> int:
 class LoraKeys(Section):
     """Training of an adapter instead of the whole model."""
 
-    adapter: Literal["lora"] | None = Field(
-        None, description="`lora`: train low-rank updates of the chosen layers with PEFT. Default: the whole model."
+    adapter: Literal["lora", "qlora"] | None = Field(
+        None,
+        description="`lora`: train low-rank updates of the chosen layers with PEFT. `qlora`: over a base model in 4 bits. Default: the whole model.",
+    )
+    load_in_4bit: bool | None = Field(None, description="As `adapter: qlora` says already.")
+    bnb_config_kwargs: dict[str, str | bool] = Field(
+        default={},
+        description="How the base model of `adapter: qlora` is quantised: bnb_4bit_quant_type (nf4, or fp4) and bnb_4bit_use_double_quant (true).",
     )
     lora_r: int = Field(8, ge=1, description="Rank of the updates.")
     lora_alpha: int = Field(8, ge=1, description="The updates are scaled by lora_alpha / lora_r.")
@@ -67,7 +77,25 @@ class LoraKeys(Section):
         given = [name for name in LoraKeys.model_fields if name in self.model_fields_set]
         extra = [name for name in given if name != "adapter" and getattr(self, name) not in _OFF]
         if self.adapter is None and extra:
-            raise ValueError(f"{extra[0]} needs `adapter: lora`; add that, or remove the key to train the whole model")
+            kind = "qlora" if extra[0] in ("load_in_4bit", "bnb_config_kwargs") else "lora"
+            raise ValueError(
+                f"{extra[0]} needs `adapter: {kind}`; add that, or remove the key to train the whole model"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def four_bits_are_of_qlora(self) -> LoraKeys:
+        if self.adapter == "qlora" and self.load_in_4bit is False:
+            raise ValueError("adapter: qlora excludes load_in_4bit: false; remove it, or write `adapter: lora`")
+        if self.adapter != "qlora" and (self.load_in_4bit or self.bnb_config_kwargs):
+            name = "load_in_4bit" if self.load_in_4bit else "bnb_config_kwargs"
+            raise ValueError(f"{name} needs `adapter: qlora`; write that, or remove the key")
+        for name, value in self.bnb_config_kwargs.items():
+            if value not in _QUANTISATION.get(name, ()):
+                raise ValueError(
+                    f"bnb_config_kwargs: {name}: {value} cannot be used; it may hold bnb_4bit_quant_type (nf4 or fp4) and "
+                    "bnb_4bit_use_double_quant (true or false)"
+                )
         return self
 
     @model_validator(mode="after")
@@ -75,7 +103,7 @@ class LoraKeys(Section):
         said = self.lora_target_linear or self.lora_target_modules or self.lora_model_dir
         if self.adapter is not None and not said:
             raise ValueError(
-                "adapter: lora does not say which layers to update; write `lora_target_linear: true`, or their names in "
+                f"adapter: {self.adapter} does not say which layers to update; write `lora_target_linear: true`, or their names in "
                 "lora_target_modules"
             )
         if self.lora_target_linear and isinstance(self.lora_target_modules, str):
@@ -90,7 +118,9 @@ class LoraKeys(Section):
             return self
         targets = self.lora_target_modules if isinstance(self.lora_target_modules, list) else []
         ends = [name for name in targets if name.rpartition(".")[2] in ("embed_tokens", "lm_head")]
-        if self.peft_use_dora:
+        if self.adapter == "qlora":
+            problem = "adapter: qlora: the workers would hold the base model as it was before it was quantised"
+        elif self.peft_use_dora:
             problem = "peft_use_dora: vLLM loads no DoRA"
         elif self.lora_modules_to_save:
             problem = "lora_modules_to_save: vLLM loads low-rank updates only"

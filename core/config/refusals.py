@@ -25,14 +25,14 @@ def _refuse(keys: str, why: str, instead: str, harmless: tuple[Any, ...] = _OFF)
 
 _REMOVE = "Remove the key."
 _TRACKERS = "Write `wandb_project: NAME`, `mlflow_experiment_name: NAME`, `use_tensorboard: true` or `use_trackio: true`, or nothing."
-_NOT_QUANTISED = "Remove the key; `adapter: lora` keeps the base model unquantised."
 
 REFUSED: dict[str, Refusal] = {
     **_refuse("dpo_beta orpo_alpha kto_desirable_weight kto_undesirable_weight simpo_gamma cpo_alpha dpo_label_smoothing dpo_loss_type "
               "dpo_loss_weights precompute_ref_log_probs rl_beta", "it belongs to preference training, and rlx trains with `rl: grpo`",
               "Remove the key; the KL weight of GRPO is `trl.beta`."),
-    **_refuse("load_in_4bit load_in_8bit qlora_sharded_model_loading peft", "training on a quantised base model is not supported", _NOT_QUANTISED,
-              (None, False, [], "", {})),
+    **_refuse("load_in_8bit", "base models are quantised to 4 bits only", "Write `adapter: qlora`, or remove the key."),
+    **_refuse("qlora_sharded_model_loading", "each learner process loads the quantised model itself", _REMOVE),
+    **_refuse("peft", "LoftQ is not supported", _REMOVE, (None, {})),
     **_refuse("lora_mlp_kernel lora_qkv_kernel lora_o_kernel", "Axolotl's own kernels are not part of rlx", _REMOVE),
     **_refuse("reward_model process_reward_model", "training a reward model is not supported", "Remove the key."),
     **_refuse("deepspeed fsdp fsdp_config fsdp_version", "the learner's processes hold the whole model each (DDP)", _REMOVE, (None, False, [], "", {})),
@@ -66,11 +66,6 @@ REFUSED: dict[str, Refusal] = {
 }  # fmt: skip
 
 VALUE_HINTS: dict[tuple[str, Any], str] = {
-    (
-        "adapter",
-        "qlora",
-    ): "training on a quantised base model needs bitsandbytes, which rlx's environment does not have. "
-    "Write `adapter: lora`.",
     ("trl.use_vllm", False): "rlx generates with vLLM only. Write `use_vllm: true` or remove the key.",
     (
         "trl.vllm_mode",

@@ -221,6 +221,7 @@ def test_key_paths_print_without_loss(path):
 
 
 LORA = "adapter: lora\nlora_target_linear: true\n"
+QLORA = LORA.replace("lora", "qlora", 1)
 ALONE = LORA + "lora_sync: adapter\n"
 
 
@@ -239,8 +240,17 @@ ALONE = LORA + "lora_sync: adapter\n"
         (ALONE + "lora_target_modules: [q_proj, lm_head]\n", "excludes lora_target_modules: lm_head: only linear"),
         (ALONE + "lora_r: 513\n", "excludes lora_r: 513: vLLM takes ranks up to 512"),
         (ALONE + "lora_model_dir: sft\n", "needs lora_r, for which the workers make room; write the `r` of"),
-        ("adapter: qlora\n", "needs bitsandbytes, which rlx's environment does not have. Write `adapter: lora`."),
-        (LORA + "load_in_4bit: true\n", "training on a quantised base model is not supported"),
+        ("adapter: qlora\n", "adapter: qlora does not say which layers to update"),
+        ("load_in_4bit: true\n", "load_in_4bit needs `adapter: qlora`; add that, or remove the key"),
+        (LORA + "load_in_4bit: true\n", "load_in_4bit needs `adapter: qlora`; write that, or remove the key"),
+        (LORA + "load_in_8bit: true\n", "base models are quantised to 4 bits only"),
+        (QLORA + "load_in_4bit: false\n", "adapter: qlora excludes load_in_4bit: false"),
+        (
+            QLORA + "bnb_config_kwargs: {bnb_4bit_quant_type: int4}\n",
+            "bnb_4bit_quant_type: int4 cannot be used; it may",
+        ),
+        (QLORA + "bnb_config_kwargs: {llm_int8_threshold: '6'}\n", "llm_int8_threshold: 6 cannot be used; it may hold"),
+        (QLORA + "lora_sync: adapter\n", "excludes adapter: qlora: the workers would hold the base model as it was"),
         (LORA + "lora_r: 0\n", "lora_r: 0 cannot be used"),
         (LORA + "lora_rank: 4\n", "unknown key 'lora_rank'"),
     ],
@@ -257,6 +267,8 @@ def test_adapter_keys_that_are_off_need_no_adapter_and_axolotls_own_load(tmp_pat
         LORA
         + "lora_r: 32\nlora_alpha: 16\nlora_dropout: 0.05\nlora_target_modules: [gate_proj, q_proj]\nlora_qkv_kernel: false\n"
     )
+    four = "bnb_config_kwargs: {bnb_4bit_quant_type: fp4, bnb_4bit_use_double_quant: false}\nload_in_4bit: true\n"
+    assert load_config(write(tmp_path, SMALLEST + QLORA + four)).adapter == "qlora"
     config = load_config(write(tmp_path, SMALLEST + text))
     assert (config.lora_r, config.lora_alpha, config.lora_target_modules) == (32, 16, ["gate_proj", "q_proj"])
 

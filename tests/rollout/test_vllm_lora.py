@@ -30,12 +30,11 @@ TOLERANCE = 0.05
 ALONE = {"lora_sync": "adapter"}
 
 
-@pytest.mark.parametrize("dora", [False, True])
-async def test_a_trained_adapter_reaches_the_worker_merged(untied_llama, tmp_path: Path, dora: bool) -> None:
+@pytest.mark.parametrize("keys", [{}, {"peft_use_dora": True}, {"adapter": "qlora"}], ids=str)
+async def test_a_trained_adapter_reaches_the_worker_merged(untied_llama, tmp_path: Path, keys: dict[str, Any]) -> None:
     """Without the update the comparison fails, and the model without its adapter is not what the worker has."""
     engine, folder = untied_llama
-    config = config_in(tmp_path, folder, peft_use_dora=dora)
-    await check_two_syncs(engine, config, tmp_path)
+    await check_two_syncs(engine, config_in(tmp_path, folder, **keys), tmp_path)
 
 
 @pytest.mark.parametrize(
