@@ -1,4 +1,4 @@
-"""The commands that look at a run: samples and view, which need no service, and dashboard. None needs a GPU."""
+"""The commands that look at a run: samples, view and trace, which need no service, and dashboard. None needs a GPU."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ def add_to(app: typer.Typer) -> None:
     app.command()(samples)
     app.command()(view)
     app.command(context_settings=OVERRIDES, epilog=EPILOG)(dashboard)
+    app.command()(trace)
 
 
 def samples(
@@ -72,3 +73,18 @@ def dashboard(
     from rlx.cluster.dashboard import dashboard_main
 
     raise typer.Exit(guarded(lambda: dashboard_main(loaded, start, interval)))
+
+
+def trace(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The output_dir of a run.")],
+    step: Annotated[str, typer.Option("--step", metavar="N|A:B", help="Of this step, or of these.")],
+    file: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="What to write; default: OUT/trace-N.json.")
+    ] = None,
+) -> None:
+    """A step as a timeline for ui.perfetto.dev or chrome://tracing: groups, turns, rewards, publish, training, waits, each
+    on its process."""
+    from rlx.samples import parse_steps
+    from rlx.trace import trace_main
+
+    raise typer.Exit(guarded(lambda: trace_main(out, parse_steps(step), file)))

@@ -115,7 +115,8 @@ class Observer:
     def _batch(self) -> tuple[list[tuple[str, bytes]], bytes]:
         """What to send next, and the request's body; the lines are JSON already."""
         with self._lock:
-            batch, size = [], 0
+            batch: list[tuple[str, bytes]] = []
+            size = 0
             for item in self._waiting:
                 size += len(item[1])
                 if batch and size > MAX_BODY:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from rlx.errors import RlxError
+from rlx.view.tail import parts
 
 PARTS = 4
 """Files that a name is spread over at most, each a quarter of the bytes that are allowed."""
@@ -168,12 +169,6 @@ def failure_record(error: BaseException, process: str = "learner rank 0") -> Rec
     if not isinstance(error, RlxError):
         record["traceback"] = "".join(traceback.format_exception(error))
     return record
-
-
-def parts(folder: Path, name: str) -> list[Path]:
-    """The files of `name` that are there, the oldest first: name.3.jsonl, name.2.jsonl, name.1.jsonl, name.jsonl."""
-    older = [folder / f"{name}.{number}.jsonl" for number in range(PARTS - 1, 0, -1)]
-    return [path for path in [*older, folder / f"{name}.jsonl"] if path.exists()]
 
 
 def encode(record: Record) -> bytes:

@@ -14,8 +14,9 @@ from fake_service import lines
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlx.learner.records import PARTS, RecordFiles, append_event, encode, event_record, failure_record, parts
+from rlx.learner.records import PARTS, RecordFiles, append_event, encode, event_record, failure_record
 from rlx.learner.report import RunFiles
+from rlx.view.tail import parts
 
 FLUSH_S = 60.0
 
