@@ -21,6 +21,7 @@ from rlx.config.trackers import check_trackers
 from rlx.hub import check_in_reach
 from rlx.learner.kept import newest
 from rlx.learner.live import SERVICE_LOG
+from rlx.learner.records import append_event, event_record
 from rlx.processes import start_of
 
 _SCRATCH = "rlx-learner-"
@@ -77,10 +78,13 @@ def train_main(config: Config, overrides: list[str], num_processes: int) -> int:
         failure = first_cause(error.failures.values())
         if message := failure_message(config, failure):
             print(message, file=sys.stderr, flush=True)
+            if failure.exitcode < 0:  # one that fails by itself has said so in the file
+                _write_down(config, message.removeprefix("error: "))
         return 128 - failure.exitcode if failure.exitcode < 0 else failure.exitcode or 1
     except SignalException as stopped:
         _give_terminal_back()
-        print(stopped_message(config, overrides, num_processes, stopped.sigval), flush=True)
+        print(message := stopped_message(config, overrides, num_processes, stopped.sigval), flush=True)
+        _write_down(config, message)
         return 128 + stopped.sigval
     return 0
 
@@ -115,6 +119,11 @@ def stopped_message(config: Config, overrides: list[str], num_processes: int, nu
     processes = ["--num-processes", str(num_processes)] if num_processes > 1 else []
     again = [os.path.relpath(config.path), *processes, *overrides, "--auto_resume_from_checkpoints", "true"]
     return f"stopped by {how}; {checkpoint} is kept. To go on: rlx {command} {shlex.join(again)}"
+
+
+def _write_down(config: Config, message: str) -> None:
+    """The end of the run, in its events.jsonl."""
+    append_event(Path(config.output_dir), event_record("run_failed", message))
 
 
 def _name(number: int) -> str:
