@@ -1,4 +1,4 @@
-"""The commands that look at a run: samples, view and trace, which need no service, and dashboard. None needs a GPU."""
+"""The commands that look at a run: samples, view, report and trace need no service, dashboard does. None needs a GPU."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ def add_to(app: typer.Typer) -> None:
     """Register the commands of this module."""
     app.command()(samples)
     app.command()(view)
+    app.command()(report)
     app.command(context_settings=OVERRIDES, epilog=EPILOG)(dashboard)
     app.command()(trace)
 
@@ -60,6 +61,17 @@ def view(
 
     folders = [out] if other is None else [out, other]
     raise typer.Exit(guarded(lambda: view_main(folders, port, sys.stdout.isatty() and not no_browser)))
+
+
+def report(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The output_dir of a run.")],
+    file: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Default: OUT/report.html.")] = None,
+) -> None:
+    """One HTML file about a run, to hand on: curves, evaluation, best and worst samples, events, configuration,
+    versions. Needs no network and no script."""
+    from rlx.view.report import report_main
+
+    raise typer.Exit(guarded(lambda: report_main(out, file)))
 
 
 def dashboard(

@@ -18,18 +18,12 @@ from rich.text import Text
 
 from rlx.episode import CONTEXT
 from rlx.errors import DatasetError
-from rlx.samples import DEFAULT_LIMIT, Query, Reader, Sample, chosen, samples_file
+from rlx.samples import DEFAULT_LIMIT, UNSAFE, Query, Reader, Sample, chosen, samples_file
 
 _HEAD, _TAIL, _HEAD_LINES, _TAIL_LINES, _SLACK = 2600, 1400, 40, 20, 200
 _FIRST_MESSAGES, _LAST_MESSAGES = 12, 8
 _VALUE = 300
 _STEP_REWARDS = 20
-_UNSAFE = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u0600-\u0605\u061c\u06dd\u070f\u0890\u0891\u08e2\u180e\u200b\u200e\u200f"
-    "\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff\U000110bd\U000110cd\U00013430-\U0001343f"
-    "\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e01ef]+"
-)
-"""Controls but newline and tab, format characters (bidi overrides among them) but the joiners, surrogates, tags."""
 _NOT_ASCII = re.compile(r"[^\x20-\x7e]")
 
 
@@ -71,7 +65,7 @@ def json_line(line: bytes) -> str:
 def visible(text: str, style: str = "") -> Text:
     """`text` for a terminal: what would steer it stands as an escape, in reverse video."""
     result, at = Text(style=style), 0
-    for match in _UNSAFE.finditer(text):
+    for match in UNSAFE.finditer(text):
         result.append(text[at : match.start()])
         result.append(match[0].encode("unicode_escape").decode(), style="reverse")
         at = match.end()

@@ -29,6 +29,13 @@ DEFAULT_LIMIT = 10
 _BLOCK = 1 << 20
 _LONGEST_LINE = 64 << 20
 _TOO_LONG = b"\0"  # in no JSON
+UNSAFE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u0600-\u0605\u061c\u06dd\u070f\u0890\u0891\u08e2\u180e\u200b\u200e\u200f"
+    "\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff\U000110bd\U000110cd\U00013430-\U0001343f"
+    "\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e01ef]+"
+)
+"""Controls but newline and tab, format characters (bidi overrides among them) but the joiners, surrogates, tags: what
+could steer a terminal, or hide or turn around other text."""
 
 
 class SampledRow(BaseModel):

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, models
 from rlx.view.app import view_app, view_router
 from rlx.view.folder import FolderRun
 from rlx.view.live import LiveRun
+from rlx.view.report import report
 
 _FLAGS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -289,3 +290,19 @@ def test_a_service_that_wants_its_token_is_told_it_once(page: Page, folder):
         assert "secret" not in page.url
     finally:
         server.stop()
+
+
+def test_the_report_is_shown_as_it_is_written(chromium, folder):
+    write(folder / "samples.jsonl", sample(3, HOSTILE, 2.0))
+    (folder / "report.html").write_text(report(FolderRun(folder)))
+    context = chromium.new_context()
+    page, said = context.new_page(), []
+    page.on("console", lambda message: said.append(message.text))  # where a refused style or script is told
+    page.goto((folder / "report.html").as_uri())
+    see(page.locator("h1"), "known")
+    see(page.locator("article").first, "U+202Egnp")
+    assert page.locator("h1").evaluate("element => getComputedStyle(element).fontSize") == "26px"
+    assert page.locator("svg path.curve").count() >= 2
+    assert page.evaluate("window.hacked") is None
+    assert said == []
+    context.close()
