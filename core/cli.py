@@ -161,7 +161,9 @@ def workers_remove(
     name: Annotated[str, typer.Argument(metavar="NAME", help="As `rlx workers list` calls it.")],
 ) -> None:
     """Let a worker finish what it has, then take it out and give its devices back."""
-    loaded = load(config, _serve_options(context.args))
+    words = [name, *context.args]
+    name = words.pop(-1 if name.startswith("--") else 0)  # typer takes an override before NAME for it
+    loaded = load(config, _serve_options(words))
     from rlx.cluster.workers import remove_main
 
     raise typer.Exit(guarded(lambda: remove_main(loaded, name)))

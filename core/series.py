@@ -132,6 +132,7 @@ _LEARNER = (
     _learner("fwd_bwd_seconds", "perf/fwd_bwd_s", "Of it, forward, backward and optimizer"),
     _learner("weight_sync_wait_seconds", "perf/weight_sync_wait_s", "Of it, standing still for publishing"),
     _learner("weight_sync_seconds", "perf/weight_sync_s", "The publish that ended in the step, beside training or not"),
+    _learner("weight_sync_snapshot_seconds", "perf/weight_sync_snapshot_s", "Before it, copying the parameters"),
     _learner("weight_sync_transfer_seconds", "perf/weight_sync_transfer_s", "Of the publish, sending"),
     _learner("weight_sync_pause_seconds", "perf/weight_sync_pause_s", "Of the publish, the longest pause of a worker"),
     _learner("group_generation_seconds", "rollout/generation_s", "Mean time that the step's groups were generated in"),

@@ -41,7 +41,9 @@ class StepTimes:
     """In which training stood still for publishing: the snapshot, and waiting for the publish before; at max_staleness
     0 all of `weight_sync_s`"""
     weight_sync_s: float = 0.0
-    """From snapshot to commit of the publish that ended in this step; 0 where none did"""
+    """From the announcement to the commit of the publish that ended in this step; 0 where none did"""
+    weight_sync_snapshot_s: float = 0.0
+    """Before that: the copy of the parameters, and the probe's log-probs"""
     weight_sync_transfer_s: float = 0.0
     weight_sync_pause_s: float = 0.0
     """The longest that a worker paused to swap"""
@@ -87,6 +89,7 @@ class StepTimes:
             "perf/fwd_bwd_s": self.fwd_bwd_s,
             "perf/weight_sync_wait_s": self.weight_sync_wait_s,
             "perf/weight_sync_s": self.weight_sync_s,
+            "perf/weight_sync_snapshot_s": self.weight_sync_snapshot_s,
             "perf/weight_sync_transfer_s": self.weight_sync_transfer_s,
             "perf/weight_sync_pause_s": self.weight_sync_pause_s,
             "rollout/generation_s": self.generation_s,

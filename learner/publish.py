@@ -52,6 +52,8 @@ class PublishTimes:
     commit_s: float = 0.0
     ended_at: float = 0.0
     """On time.monotonic(), when it was committed"""
+    snapshot_s: float = 0.0
+    """Before it: copying the parameters, and the probe's log-probs; of `total_s` only in `publish`"""
 
     def metrics(self) -> dict[str, float]:
         """`weights/…` by their names in metrics.jsonl."""
@@ -69,6 +71,7 @@ class Packed:
     itemsize: int
     probe: Probe | None = None
     adapter: dict[str, bytes] | None = None
+    snapshot_s: float = 0.0
 
     @cached_property
     def fingerprint(self) -> str:
@@ -117,8 +120,10 @@ class Publisher:
 
     def snapshot(self, model: nn.Module) -> Packed:
         """A copy of the parameters of `model`, which is not wrapped for data parallelism, and the probe's log-probs."""
+        started = time.perf_counter()
         probe = probe_logprobs(model, self._probe_ids) if self._probe_ids else None
-        return pack(model, self._dtype, probe, self._lora_sync)
+        packed = pack(model, self._dtype, probe, self._lora_sync)
+        return replace(packed, snapshot_s=time.perf_counter() - started)
 
     def send(self, packed: Packed) -> PublishTimes:
         """The service serves these weights when this returns.
@@ -140,7 +145,7 @@ class Publisher:
         total_s = time.perf_counter() - started
         return PublishTimes(
             total_s, times.transfer_s, times.pause_s, manifest.travels, changed, times.behind,
-            times.announce_s, times.commit_s, time.monotonic(),
+            times.announce_s, times.commit_s, time.monotonic(), packed.snapshot_s,
         )  # fmt: skip
 
     def forget(self) -> None:

@@ -64,6 +64,7 @@ def times_of(tally: Tally, groups: list[Arrived], step: int, always: StepTimes) 
     return replace(
         times,
         weight_sync_s=published.total_s,
+        weight_sync_snapshot_s=published.snapshot_s,
         weight_sync_transfer_s=published.transfer_s,
         weight_sync_pause_s=published.pause_s,
         worker_busy=tally.served.worker_busy,

@@ -14,6 +14,12 @@ from rlx.wire import Probe
 
 UNLIKELY = 0.01
 """Probability, by the learner, below which a token of the probe does not count."""
+CAUSES = (
+    ". Usual causes: the service was started with another base_model or from another YAML, another dtype (a quantised "
+    "model, or float16 against bfloat16), an LM head that is tied on one side only, an update that the worker missed. "
+    "If it is rounding alone, which a larger model in bfloat16 may show, raise async.parity_threshold"
+)
+"""The end of the message; of several workers it is said once."""
 
 
 async def verify(worker: Worker, version: int, probe: Probe, threshold: float, timeout_s: float) -> float:
@@ -48,8 +54,5 @@ def check(worker: str, version: int, found: float, threshold: float) -> None:
     if not found <= threshold:
         raise ParityError(
             f"worker {worker} does not compute what the learner computes with weights {version}: log p differs by "
-            f"{found:.4g} nats in the mean over the probe's tokens, async.parity_threshold is {threshold:g}. Usual "
-            "causes: the service was started with another base_model or from another YAML, another dtype (a quantised "
-            "model, or float16 against bfloat16), an LM head that is tied on one side only, an update that the worker "
-            "missed. If it is rounding alone, which a larger model in bfloat16 may show, raise async.parity_threshold"
+            f"{found:.4g} nats in the mean over the probe's tokens, async.parity_threshold is {threshold:g}{CAUSES}"
         )

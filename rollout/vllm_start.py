@@ -11,9 +11,11 @@ configuration puts into each of them as soon as it imports vLLM, which is the ea
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
+import multiprocessing
 import os
 import select
 import shutil
@@ -26,6 +28,9 @@ from typing import Any
 HOST_PID = "RLX_ENGINE_HOST_PID"
 """Environment variable naming the process that vLLM's processes must not outlive."""
 _CAUSE_FILE = "RLX_ENGINE_CAUSE_FILE"
+_SOCKETS = "VLLM_RPC_BASE_PATH"
+_LONGEST_SOCKET_FOLDER = 107 - len("/00000000-0000-0000-0000-000000000000")
+"""A path of a socket has at most 107 bytes."""
 _QUIET = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_DO_NOT_TRACK": "1",
@@ -56,7 +61,8 @@ class ProcessHook(logging.Handler):
 def prepare_environment(start_timeout_s: float) -> Path:
     """Set what vLLM's processes inherit; must run before vLLM is imported. Returns the file for causes.
 
-    Variables that are set already are kept, `OMP_NUM_THREADS` among them.
+    Variables that are set already are kept, `OMP_NUM_THREADS` among them. vLLM's sockets lie in the folder of that
+    file, and semaphores bear this process's id, so that `remove_environments` knows them.
     """
     folder = Path(tempfile.mkdtemp(prefix=_prefix(os.getpid())))
     causes = folder / "causes"
@@ -65,6 +71,9 @@ def prepare_environment(start_timeout_s: float) -> Path:
     config.write_text(json.dumps(_logging_config()))
     for key, value in _QUIET.items():
         os.environ.setdefault(key, value)
+    if len(str(folder)) <= _LONGEST_SOCKET_FOLDER:
+        os.environ[_SOCKETS] = str(folder)
+    multiprocessing.current_process()._config["semprefix"] = f"/{_prefix(os.getpid())}"  # type: ignore[attr-defined]
     os.environ["VLLM_CONFIGURE_LOGGING"] = "1"
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     os.environ["VLLM_ENGINE_READY_TIMEOUT_S"] = str(int(start_timeout_s))
@@ -76,16 +85,24 @@ def prepare_environment(start_timeout_s: float) -> Path:
 
 def forget_environment(causes: Path) -> None:
     """Undo `prepare_environment` once the engine is gone, as far as no later engine has replaced it."""
-    for key, path in (("VLLM_LOGGING_CONFIG_PATH", causes.with_name("logging.json")), (_CAUSE_FILE, causes)):
+    ours = (
+        ("VLLM_LOGGING_CONFIG_PATH", causes.with_name("logging.json")),
+        (_CAUSE_FILE, causes),
+        (_SOCKETS, causes.parent),
+    )
+    for key, path in ours:
         if os.environ.get(key) == str(path):
             del os.environ[key]
     shutil.rmtree(causes.parent)
 
 
 def remove_environments(host: int) -> None:
-    """Remove what `prepare_environment` left in a process that was killed."""
+    """Remove what `prepare_environment`, and vLLM after it, left of a process that was killed."""
     for folder in Path(tempfile.gettempdir()).glob(f"{_prefix(host)}*"):
         shutil.rmtree(folder, ignore_errors=True)
+    for semaphore in Path("/dev/shm").glob(f"sem.{_prefix(host)}*"):
+        with contextlib.suppress(OSError):  # it is another user's, whose process had the same id in another container
+            semaphore.unlink()
 
 
 def _prefix(host: int) -> str:

@@ -283,7 +283,7 @@ class WeightUpdates:
         to bring one back; a failed gate is an error at once."""
         assert self._last is not None
         if far := [m for m in self._fleet.members if m.kept]:
-            raise ParityError("; ".join(m.cause for m in far))
+            raise ParityError("; ".join(m.cause.removesuffix(parity.CAUSES) for m in far) + parity.CAUSES)
         try:
             async with deadline(self._timeout, lambda: f"none came back within {self._timeout:g} s"):
                 await self._fleet.wait_ready()

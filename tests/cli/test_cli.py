@@ -8,6 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
+from rlx.cli import app
+from rlx.cluster import workers
 
 HEAVY = ("torch", "vllm", "ray", "transformers", "datasets", "fastapi")
 YAML = "base_model: some/model\nrl: grpo\ndatasets:\n  - path: some/data\n"
@@ -77,6 +81,20 @@ def test_axolotl_options_of_vllm_serve_reach_the_vllm_section(tmp_path: Path):
     result = rlx("vllm-serve", str(tmp_path / "run.yaml"), "--port", "0")
     assert result.returncode == 2
     assert "command line, --vllm.port: vllm.port: 0 cannot be used" in result.stderr
+
+
+@pytest.mark.parametrize("order", [("w-7", "--vllm.port", "9"), ("--vllm.port", "9", "w-7"), ("--vllm.port=9", "w-7")])
+def test_a_worker_is_named_before_or_after_the_overrides(monkeypatch, tmp_path: Path, order: tuple[str, ...]):
+    (tmp_path / "run.yaml").write_text(YAML)
+    asked = []
+
+    def remove_main(config, name):
+        asked.append((config.vllm.port, name))
+        return 0
+
+    monkeypatch.setattr(workers, "remove_main", remove_main)
+    result = CliRunner().invoke(app, ["workers", "remove", str(tmp_path / "run.yaml"), *order])
+    assert (result.exit_code, asked) == (0, [(9, "w-7")]), result.output
 
 
 def test_samples_answers_with_what_was_written_or_one_message(tmp_path: Path):

@@ -409,6 +409,20 @@ def test_a_gate_that_nobody_passes_fails_at_once_and_the_next_learner_is_served(
     virtually(main())
 
 
+def test_a_gate_that_several_fail_names_each_and_the_usual_causes_once():
+    async def main():
+        workers = pair()
+        async with crew(*workers) as c:
+            for worker in workers:
+                worker.faults["commit"] = ["skew"]
+            with pytest.raises(ParityError) as caught:
+                await c.publish(1, gate=True)
+            message = str(caught.value)
+            assert [message.count(part) for part in ("worker good", "worker bad", "Usual causes")] == [1, 1, 1]
+
+    virtually(main())
+
+
 def test_a_kept_worker_that_dies_is_restarted():
     async def main():
         good, bad = pair()
