@@ -45,6 +45,7 @@ BENCHMARKS = (
     Benchmark("tools", ("tool_calls.py",), quick=False, json=False),
     Benchmark("openenv", ("openenv_sessions.py",), quick=False, json=False, needs=HERE.parent / ".venv-openenv"),
     Benchmark("samples", ("samples_reader.py",), quick=False, json=False),
+    Benchmark("view", ("view.py",)),
 )
 
 

@@ -68,7 +68,7 @@ def choose(samples: Samples, wanted: Wanted, seconds: float = _BUDGET_S) -> dict
     """One page as JSON: `samples`, `next` (for `after`; None at the end), `matching` (by what the columns tell),
     `total`, `indexed`."""
     end = time.monotonic() + seconds
-    table = samples.table(seconds)
+    table = samples.table(seconds / 2)
     order = _ordered(table, wanted)
     start = 0
     if wanted.after is not None:
