@@ -27,7 +27,7 @@ def kind_of(process: psutil.Process) -> str:
     """What a process is for, from its title and command line."""
     title = " ".join(process.cmdline()) or process.name()
     for sign, kind in (
-        ("rlx.learner.main", "learner rank"),
+        ("rlx.learner.process", "learner rank"),
         ("EngineCore", "vLLM engine core"),
         ("VLLM::Worker", "vLLM worker"),
         ("CPUWorker", "vLLM worker"),

@@ -11,7 +11,7 @@ from typing import Any
 import ray
 from ray.exceptions import ActorAlreadyExistsError, RayActorError, RayError, RayTaskError
 
-from rlx.errors import DeadlineExceeded, RlxError, ServiceError, ServiceUnavailable
+from rlx.errors import DeadlineExceeded, ModelError, RlxError, ServiceError, ServiceUnavailable
 
 _NAME_TIMEOUT_S = 20.0
 _CAUSES = {
@@ -38,7 +38,8 @@ async def call(ref: ray.ObjectRef[Any], who: str, timeout_s: float | None = None
     """The result of an actor's method. Cancelling this coroutine cancels the method in the actor.
 
     ServiceUnavailable when the actor `who` is dead, with `hint` on where to read more; DeadlineExceeded after
-    `timeout_s` seconds, None: the caller bounds it; errors of rlx.errors raised in the actor arrive as themselves.
+    `timeout_s` seconds, None: the caller bounds it; errors of rlx.errors raised in the actor arrive as themselves, those
+    of its engine with `hint`.
     """
     try:
         async with asyncio.timeout(timeout_s):
@@ -73,6 +74,8 @@ def translated(who: str, hint: str = "") -> Iterator[None]:
     try:
         yield
     except RayTaskError as error:
+        if isinstance(error.cause, ServiceUnavailable | ModelError):
+            raise type(error.cause)(f"{error.cause}{hint}") from None
         if isinstance(error.cause, RlxError):
             raise error.cause from None
         raise ServiceError(f"{who} failed: {error}") from None

@@ -236,14 +236,20 @@ def _reply(text: str) -> dict[str, str]:
 
 def _plan_table(config: Config, num_processes: int) -> Table:
     plan, trl = make_plan(config, num_processes), config.trl
-    table = Table(title="one optimizer step", show_header=False)
+    shared = plan.steps_per_batch > 1
+    completions = plan.prompts_per_batch * plan.num_generations
+    table = Table(
+        title=f"one generation batch, for {plan.steps_per_batch} optimizer steps" if shared else "one optimizer step",
+        show_header=False,
+    )
     rows = [
-        ("prompts", f"{plan.prompts_per_step}"),
-        ("completions", f"{plan.completions_per_step} = {plan.prompts_per_step} × {plan.num_generations} generations"),
-        ("micro-batches", f"at most {config.token_budget:,} tokens each" if config.token_budget else
+        ("prompts", f"{plan.prompts_per_batch}"),
+        ("completions", f"{completions} = {plan.prompts_per_batch} × {plan.num_generations} generations"),
+        *([("completions of a step", f"{plan.completions_per_step}, in {plan.num_iterations} pass(es) over the batch")] if shared else []),
+        ("micro-batches of a step", f"at most {config.token_budget:,} tokens each" if config.token_budget else
                           f"{plan.gradient_accumulation_steps} × {config.micro_batch_size} completions on {num_processes} process(es)"),
         ("staleness", f"at most {config.async_.max_staleness} step(s)" if config.async_.max_staleness else "0: sample, train, publish, in turn"),
-        ("tokens of it, at most", f"{plan.completions_per_step * (config.max_prompt_length + trl.max_completion_length):,}"
+        ("tokens of it, at most", f"{completions * (config.max_prompt_length + trl.max_completion_length):,}"
                                       f" ({config.max_prompt_length} prompt + {trl.max_completion_length} completion each)"),
         ("engines", f"{config.vllm.data_parallel_size} × tensor parallel {config.vllm.tensor_parallel_size}, {config.max_model_len} tokens of context"),
         ("loss", f"{trl.loss_type}, beta {trl.beta:g}{'' if trl.beta else ' (no reference model)'}"),

@@ -155,7 +155,7 @@ class GroupRequest:
                 seed=int(body.get("seed", 0)),
             )
         except _MALFORMED as error:
-            raise WireError(f"not a group request: {type(error).__name__}: {error}") from error
+            raise WireError(f"not a group request: {_said(error)}") from error
 
 
 Outcome = Literal["ok", "exception", "timeout", "crash", "invalid"]
@@ -236,7 +236,7 @@ class GroupResult:
         try:
             return GroupResult._assemble(head, blocks)
         except _MALFORMED as error:
-            raise WireError(f"not a group result: {type(error).__name__}: {error}") from error
+            raise WireError(f"not a group result: {_said(error)}") from error
 
     @staticmethod
     def _assemble(head: Mapping[str, Any], blocks: Mapping[str, np.ndarray]) -> GroupResult:
@@ -406,7 +406,7 @@ class WeightManifest:
                 gate=bool(body.get("gate", False)),
             )
         except _MALFORMED as error:
-            raise WireError(f"not a weight manifest: {type(error).__name__}: {error}") from error
+            raise WireError(f"not a weight manifest: {_said(error)}") from error
 
 
 def _probe(body: Mapping[str, Any]) -> Probe:
@@ -415,6 +415,13 @@ def _probe(body: Mapping[str, Any]) -> Probe:
     if [len(i) - 1 for i in ids] != [len(x) for x in logprobs] or not ids or min(map(len, ids)) < 2:
         raise ValueError("a probe needs sequences of two tokens or more, with one log-probability less each")
     return Probe(ids, logprobs)
+
+
+def _said(error: Exception) -> str:
+    """What is wrong with a body, for whoever wrote it by hand."""
+    if isinstance(error, KeyError):
+        return f"the field {error.args[0]!r} is missing"
+    return f"{type(error).__name__}: {error}"
 
 
 def _concat(arrays: list[np.ndarray], dtype: Any) -> np.ndarray:

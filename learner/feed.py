@@ -32,6 +32,8 @@ from rlx.learner.stream import Fetched
 from rlx.learner.tally import Arrived, Tally, num_tokens, times_of
 from rlx.wire import GroupRequest, GroupResult
 
+_SAY_AFTER_S = 30.0
+"""Seconds without anything happening after which it is said what is waited for; and again after twice as many."""
 _MORE_ATTEMPTS = 3
 """Times beyond max_requeues that a prompt may come again because the service gave it back, or sampled it too old."""
 
@@ -78,6 +80,7 @@ class Feed:
         self._client, self._publisher, self._ledger = client, publisher, ledger
         self._request_of, self._has_spread, self._patience_s = request_of, has_spread, patience_s
         self._journal = journal or Journal()
+        self._on_wait = on_wait
         self._evaluates = evaluates if evaluator is not None else lambda step: False
         self._changed = threading.Condition(threading.RLock())
         self._flights: dict[str, _Flight] = {}
@@ -168,8 +171,13 @@ class Feed:
 
     def _wait(self) -> None:
         """Until something happens, counted as a wait for the one thing that is missing."""
-        began, events = time.monotonic(), self._events
-        self._changed.wait_for(lambda: self._events != events, self._patience_s)
+        began, events, say_at = time.monotonic(), self._events, _SAY_AFTER_S
+        while (waited := time.monotonic() - began) < self._patience_s:
+            if self._changed.wait_for(lambda: self._events != events, min(say_at, self._patience_s) - waited):
+                break
+            if time.monotonic() - began >= say_at:
+                self._on_wait(self._describe(say_at))
+                say_at *= 2
         waited = time.monotonic() - began
         if self._flights or self._courier.doing == "nothing":
             self._tally.rollout_wait_s += waited

@@ -44,7 +44,7 @@ def first_cause(failures: Iterable[Failure]) -> Failure:
 
 
 def train_main(config: Config, overrides: list[str], num_processes: int) -> int:
-    """Run `num_processes` of `rlx.learner.main` to the end; the exit code of the first that failed, else 0."""
+    """Run `num_processes` of `rlx.learner.process` to the end; the exit code of the first that failed, else 0."""
     # What can be wrong without loading anything belongs here: said once, before anything is started.
     make_plan(config, num_processes)
     check_trackers(config, config.path)
@@ -57,7 +57,7 @@ def train_main(config: Config, overrides: list[str], num_processes: int) -> int:
 
     for module in ("agent.server.api", "multiprocessing.api"):  # each has set a level of its own
         logging.getLogger(f"torch.distributed.elastic.{module}").setLevel(logging.CRITICAL)
-    arguments = ["-u", "-m", "rlx.learner.main", str(num_processes), str(config.path), *overrides]
+    arguments = ["-u", "-m", "rlx.learner.process", str(num_processes), str(config.path), *overrides]
     _remove_left_behind()
     try:
         with tempfile.TemporaryDirectory(prefix=f"{_SCRATCH}{os.getpid()}-") as logs:

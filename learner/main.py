@@ -1,4 +1,4 @@
-"""One learner process: `python -m rlx.learner.main NUM_PROCESSES CONFIG [overrides]`, started by `launch.py`.
+"""The training of one learner process, which `process.py` is.
 
 data → service is up → model → Trainer on the stream → final publish, evaluation, model
 """
@@ -6,28 +6,22 @@ data → service is up → model → Trainer on the stream → final publish, ev
 from __future__ import annotations
 
 import os
-import sys
-import time
-import traceback
 import warnings
 from pathlib import Path
 
 import datasets
 import numpy as np
-import torch
 import transformers
 from rich.console import Console
 from torch import nn
 
-from rlx.config import Config, load_config, parse_overrides
-from rlx.errors import RlxError
+from rlx.config import Config
 from rlx.learner.adapters import base_of, reference_model, with_adapter
 from rlx.learner.batching import Layout
 from rlx.learner.checkpoints import check_model
 from rlx.learner.forward import prepare
 from rlx.learner.job import Job, make_job
 from rlx.learner.journal import Journal
-from rlx.learner.launch import log_of
 from rlx.learner.model import load_model
 from rlx.learner.phases import PhaseSpans
 from rlx.learner.progress import FailureNotes
@@ -38,11 +32,6 @@ from rlx.learner.records import append_event, failure_record
 from rlx.learner.rollouts import connect, longest_step_s
 from rlx.learner.stream import Fetched, RolloutStream, StepBatch
 from rlx.learner.trainer import GRPOTrainer, StepClock, training_arguments
-from rlx.processes import die_with_parent, write_output_to
-
-_AFTER_RANK_ZERO_S = 30.0
-"""How long another rank that failed keeps still. Mostly rank 0 failed with the same, or first: it says so and leaves,
-whereupon the launcher stops this process."""
 
 
 def train(config: Config, num_processes: int) -> None:
@@ -158,35 +147,3 @@ def _quiet_libraries(is_first: bool) -> None:
     datasets.disable_progress_bars()
     if not is_first:
         warnings.simplefilter("ignore")
-
-
-def main() -> int:
-    die_with_parent()
-    num_processes, path, overrides = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    rank = int(os.environ.get("RANK", "0"))
-    try:
-        config = load_config(path, parse_overrides(overrides))
-        if rank:
-            log_of(config, rank).unlink(missing_ok=True)
-            write_output_to(log_of(config, rank))
-        train(config, num_processes)
-        return 0
-    except KeyboardInterrupt:
-        return 130
-    except Exception as error:  # the end of the process: whatever came is said, once
-        if isinstance(error, RlxError | StoppedByRankZero):
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        else:
-            traceback.print_exc()
-        if rank:
-            time.sleep(_AFTER_RANK_ZERO_S)
-        return error.exit_code if isinstance(error, RlxError) else 1
-
-
-if __name__ == "__main__":
-    status = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # At the interpreter's end, gloo's groups wait for threads that wait for the interpreter's lock: leave without it.
-    os._exit(status)

@@ -349,4 +349,4 @@ def _waiting_for(url: str, status: str, body: dict[str, Any]) -> str:
         progress = body["progress"]
         names = ", ".join(progress["waiting_for"])
         return f"{url} is loading, {progress['ready']} of {progress['total']} up, waiting for {names}"
-    return f"{url} is {status}: {body.get('cause') or 'no cause given'}"
+    return f"{url} is {status}" + (f": {cause}" if (cause := body.get("cause")) else "")

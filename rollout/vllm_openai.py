@@ -19,6 +19,8 @@ from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from rlx.rollout.vllm_start import ENDED
+
 
 class OpenAIFront:
     """Serves `completions` and `chat/completions`, with the adapter that `adapter()` gives at the time, None: without.
@@ -53,8 +55,8 @@ class OpenAIFront:
             return _refusal(400, f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
         except (VLLMClientError, ValueError) as error:
             return _refusal(400, str(error))
-        except EngineDeadError as error:
-            return _refusal(503, str(error))
+        except EngineDeadError:
+            return _refusal(503, f"the engine's process is gone: {ENDED}; the worker will be restarted")
         if isinstance(answer, ErrorResponse):
             return _refusal(answer.error.code, answer.error.message)
         return answer if isinstance(answer, AsyncIterator) else answer.model_dump(mode="json")

@@ -31,6 +31,7 @@ _CAUSE_FILE = "RLX_ENGINE_CAUSE_FILE"
 _SOCKETS = "VLLM_RPC_BASE_PATH"
 _LONGEST_SOCKET_FOLDER = 107 - len("/00000000-0000-0000-0000-000000000000")
 """A path of a socket has at most 107 bytes."""
+ENDED = "it ended without a word (killed, out of memory, or a crash)"
 _QUIET = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_DO_NOT_TRACK": "1",
@@ -116,6 +117,8 @@ def first_cause(causes: Path | None, error: BaseException) -> str:
         return f"{kind}: {message}"
     while error.__cause__ is not None:
         error = error.__cause__
+    if type(error).__name__ == "EngineDeadError":  # it points to a stack trace that there is not
+        return ENDED
     return f"{type(error).__name__}: {error}"
 
 

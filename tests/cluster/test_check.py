@@ -52,6 +52,20 @@ def test_a_good_configuration_passes_and_prints_the_plan_in_numbers(tmp_path, mo
     assert "GiB per learner process" in text
 
 
+def test_steps_that_share_a_generation_batch_are_told_apart_from_it(tmp_path, model, capsys):
+    config(tmp_path, model)
+    shared = {
+        ("trl", "steps_per_generation"): ("--x", 4),
+        ("gradient_accumulation_steps",): ("--y", 2),
+        ("micro_batch_size",): ("--z", 4),
+    }
+    assert check_main(load_config(tmp_path / "run.yaml", shared), 1) == 0
+    text = capsys.readouterr().out
+    assert "one generation batch, for 2 optimizer steps" in text
+    assert "16 = 4 × 4 generations" in text
+    assert "8, in 1 pass(es) over the batch" in text
+
+
 @pytest.mark.parametrize(
     ("reward", "transform", "message"),
     [

@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 from fakes import write_config
 
+from rlx.cluster.run import run_main
+from rlx.config import load_config
+
 pytestmark = pytest.mark.slow
 
 PROGRAM = f"(sys.executable, '-u', {str(Path(__file__).with_name('fake_rlx.py'))!r})"
@@ -107,3 +110,12 @@ def test_killing_the_run_takes_both_parts_along(tmp_path):
         time.sleep(0.05)
     assert not runs(tmp_path, "service")
     assert not runs(tmp_path, "learner")
+
+
+def test_a_replayed_run_starts_no_service(tmp_path, monkeypatch, capsys):
+    config = load_config(write_config(tmp_path).path, {("replay",): ("--replay", "recorded")})
+    started = []
+    monkeypatch.setattr("rlx.cluster.run.train_main", lambda *arguments: started.append(arguments) or 0)
+    assert run_main(config, ["--replay", "recorded"], 2, program=("false",)) == 0
+    assert started == [(config, ["--replay", "recorded"], 2)]
+    assert capsys.readouterr().out == "replay: the learner alone, no service is started\n"

@@ -275,3 +275,10 @@ def test_the_mask_marks_what_has_a_version():
     assert row.num_sampled == 3
     assert Episode((row, row), "").num_sampled == 6
     assert Episode((row,), "").weight_versions == (4, 5)
+
+
+def test_a_body_without_a_field_is_told_which():
+    with pytest.raises(WireError, match=r"^not a group request: the field 'sampling' is missing$"):
+        GroupRequest.from_json({})
+    with pytest.raises(WireError, match=r"^not a weight manifest: the field 'tensors' is missing$"):
+        WeightManifest.from_json({})

@@ -80,7 +80,7 @@ def test_a_learner_that_is_killed_leaves_the_service_to_the_next_and_so_does_ctr
     options = ("--num-processes", "2", "--output_dir", tmp_path, "--max_steps", 10_000)
     with rlx(tmp_path, "train", llama.config, *options) as learner:
         learner.wait_for("step 2/", RUN_S)
-        ranks = [pid for pid, line in learner.processes().items() if "rlx.learner.main" in line]
+        ranks = [pid for pid, line in learner.processes().items() if "rlx.learner.process" in line]
         os.kill(max(ranks), signal.SIGKILL)
         assert learner.wait(30) == 137
         assert learner.left() == []

@@ -29,6 +29,18 @@ from rlx.learner.stream import Fetched
 from rlx.wire import GroupResult
 
 
+class Said(list[str]):
+    """Sets an event when something is appended."""
+
+    def __init__(self, event: threading.Event):
+        super().__init__()
+        self._event = event
+
+    def append(self, message: str) -> None:
+        super().append(message)
+        self._event.set()
+
+
 class FakeEvaluator:
     """An evaluation that is over when the test says so."""
 
@@ -341,6 +353,18 @@ def test_a_wait_in_which_nothing_happens_ends_with_what_is_missing():
             r"oldest of them s/0\.0; the learner's courier is nothing",
         ):
             step()
+
+
+def test_a_long_wait_says_what_it_waits_for(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("rlx.learner.feed._SAY_AFTER_S", 0.05)
+    service, said = Service(), threading.Event()
+    with learner(service) as run:
+        run.waited = Said(said)
+        step = run.in_background()
+        assert said.wait(20)
+        service.finish(*service.tickets())
+        step()
+    assert "in which nothing happened: 0 of 2 groups are there, the rollout service has 2" in run.waited[0]
 
 
 def test_clocks_that_jump_change_nothing(monkeypatch: pytest.MonkeyPatch):

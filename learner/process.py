@@ -1,0 +1,56 @@
+"""One learner process: `python -m rlx.learner.process NUM_PROCESSES CONFIG [overrides]`, started by `launch.py`.
+
+Nothing heavy is imported before `main`, which tells every error once: rank 0 on the terminal, the others in their log.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+
+from rlx.config import load_config, parse_overrides
+from rlx.errors import RlxError
+from rlx.learner.launch import log_of
+from rlx.processes import die_with_parent, write_output_to
+
+_AFTER_RANK_ZERO_S = 30.0
+"""How long another rank that failed keeps still. Mostly rank 0 failed with the same, or first: it says so and leaves,
+whereupon the launcher stops this process."""
+
+
+def main() -> int:
+    die_with_parent()
+    num_processes, path, overrides = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        config = load_config(path, parse_overrides(overrides))
+        if rank:
+            log_of(config, rank).unlink(missing_ok=True)
+            write_output_to(log_of(config, rank))
+        import torch
+
+        from rlx.learner.main import train
+
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+        train(config, num_processes)
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:  # the end of the process: whatever came is said, once
+        if isinstance(error, RlxError):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            traceback.print_exc()
+        if rank:
+            time.sleep(_AFTER_RANK_ZERO_S)
+        return error.exit_code if isinstance(error, RlxError) else 1
+
+
+if __name__ == "__main__":
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # At the interpreter's end, gloo's groups wait for threads that wait for the interpreter's lock: leave without it.
+    os._exit(status)
