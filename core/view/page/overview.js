@@ -16,12 +16,13 @@ const CURVES = [
   { title: "Gradient norm", fromZero: true, lines: names(["grad_norm", "norm"]) },
   { title: "Learning rate", fromZero: true, exact: true, lines: names(["learning_rate", "rate"]) },
   { title: "Staleness", unit: "versions", fromZero: true, exact: true, lines: names(["sample/staleness_mean", "mean"], ["sample/staleness_max", "oldest"]) },
-  { title: "Log-prob gap, learner − worker", unit: "nats", fromZero: true, lines: names(["sampling/sampling_logp_difference/mean", "mean"], ["sampling/sampling_logp_difference/p95", "p95"], ["sampling/sampling_logp_difference/max", "max"]) },
+  { title: "Log-prob gap", unit: "nats", fromZero: true, lines: names(["sampling/sampling_logp_difference/mean", "mean"], ["sampling/sampling_logp_difference/p95", "p95"], ["sampling/sampling_logp_difference/max", "max"]) },
   { title: "Generated", unit: "tokens/s", fromZero: true, lines: names(["rollout/generated_tok_s", "tokens/s"]) },
-  { title: "Groups without a signal", unit: "share", fromZero: true, lines: names(["frac_reward_zero_std", "all rewards equal"], ["frac_reward_none", "no reward"]) },
+  { title: "Groups without a signal", fromZero: true, lines: names(["frac_reward_zero_std", "all rewards equal"], ["frac_reward_none", "no reward"]) },
 ];
 const STEP = [["perf/rollout_wait_s", "waits for rollouts"], ["perf/fwd_bwd_s", "trains"], ["perf/weight_sync_wait_s", "waits for publishing"]];
 const HUES = 8, DASHES = ["", "dashed", "dotted"];
+const MOST_WORKERS = 100;
 
 export class Overview {
   constructor(stores) {
@@ -82,7 +83,11 @@ export class Overview {
       const rows = store.workers || lastKnown(store.events);
       if (!rows.length) return [];
       const told = store.workers ? "Workers" : "Workers, as last told";
-      return [el("div", { className: "card" }, el("h2", {}, told, this.stores.length > 1 ? shown(` of ${store.run.name}`) : ""), store.workers ? liveTable(rows) : toldTable(rows))];
+      const first = store.workers ? rows.toSorted((a, b) => (a.state === "ready") - (b.state === "ready")).slice(0, MOST_WORKERS) : rows.slice(0, MOST_WORKERS);
+      const states = Map.groupBy(rows, (row) => row.state || String(row.kind).replace("worker_", ""));
+      const summary = [...states].map(([state, some]) => `${some.length} ${state}`).join(", ");
+      return [el("div", { className: "card" }, el("h2", {}, told, this.stores.length > 1 ? shown(` of ${store.run.name}`) : "", el("span", { className: "soft" }, shown(`  ${summary}`))),
+        store.workers ? liveTable(first) : toldTable(first), rows.length > first.length ? el("p", { className: "soft" }, `and ${rows.length - first.length} more`) : null)];
     });
     cleared(document.getElementById("workers"), ...cards);
   }

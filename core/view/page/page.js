@@ -7,6 +7,7 @@ import { RunStore, Unauthorized, ask } from "./store.js";
 const byId = (id) => document.getElementById(id);
 const TABS = ["overview", "samples", "events"];
 const BAD = /fail|lost|down|quarantin/, WARN = /discard|restart|removed|resumed/;
+const UNTOLD = ["n", "worker"]; // the worker stands in the text
 const silent = new Map();
 
 async function begin() {
@@ -53,7 +54,7 @@ function drawEvents(stores) {
   const events = stores.flatMap((store) => store.events.map((event) => ({ ...event, run: store.run.name }))).sort((a, b) => (b.time || 0) - (a.time || 0)).slice(0, 500);
   const rows = events.map((event) => {
     const { time, kind = "event", step, text = "", source = "", run, ...others } = event;
-    const told = Object.entries(others).filter(([name, value]) => name !== "number" && value !== null && value !== "");
+    const told = Object.entries(others).filter(([name, value]) => !UNTOLD.includes(name) && value !== null && value !== "");
     return el("div", { className: `event ${BAD.test(kind) ? "bad" : WARN.test(kind) ? "warn" : ""}` }, el("span", { className: "soft" }, clock(time)),
       el("span", {}, el("span", { className: "kind" }, shown(String(kind).replaceAll("_", " "))), el("div", { className: "soft" }, shown(stores.length > 1 ? `${run}, ${source}` : source))), el("span", { className: "soft" }, step === null || step === undefined ? "" : `step ${step}`),
       el("div", { className: "said" }, el("div", { dir: "auto" }, shown(text)), told.length ? el("details", {}, el("summary", {}, "details"), ...told.map(([name, value]) => el("div", { className: "text" }, shown(`${name}: ${typeof value === "string" ? value : JSON.stringify(value)}`)))) : null));
