@@ -1,6 +1,6 @@
 """The Grafana dashboards that rlx ships, made from the catalogue of series: a panel cannot name one that is not there.
 
-    python -m rlx.cluster.panels        writes cluster/dashboards/rlx-*.json
+    python -m rlx.cluster.panels        writes cluster/dashboards/rlx-*.json, and docs/series.md in a checkout
 
 Every query is of one source, the variable `$job`: `rlx`, the gateway's /metrics, or `ray`, Ray's endpoints, which have
 the same series.
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlx.series import BY_NAME
+from rlx.series import BY_NAME, CATALOGUE, EVAL_REWARD
 
 FOLDER = Path(__file__).parent / "dashboards"
 _SOURCE = {"type": "prometheus", "uid": "${datasource}"}
@@ -128,7 +128,7 @@ LEARNER = Dashboard("rlx-learner", "rlx: learner", (
     Panel("Reward", "short", _of(("reward", "training prompts"), ("eval_reward", "held-out prompts"))),
     Panel("Reward functions", "short", (now("rlx_learner_function_reward"),)),
     Panel("Spread of the rewards", "short", _of(
-        ("reward_std", "standard deviation"), ("reward_zero_std_ratio", "share of groups without any"),
+        ("reward_std", "standard deviation"), ("reward_zero_std_ratio", "share of completions in groups without any"),
         ("reward_none_ratio", "share of completions without a reward"))),
     Panel("Entropy and KL", "short", _of(("entropy_nats", "entropy"), ("kl_nats", "KL to the reference"))),
     Panel("Lengths", "short", _of(
@@ -198,6 +198,32 @@ def files() -> Mapping[str, str]:
     return {f"{board.uid}.json": json.dumps(board.to_json(), indent=1) + "\n" for board in DASHBOARDS}
 
 
+def series_page() -> str:
+    """docs/series.md."""
+    lines = [
+        "# Series", "",
+        "What `GET /metrics` of the gateway and, with `ray_` before the name, Ray's endpoints export: see",
+        "[monitoring](guides/monitoring.md). Generated from `core/series.py` by `python -m rlx.cluster.panels`.",
+    ]  # fmt: skip
+    titles = {
+        "service": "Service", "rewards": "Rewards", "envs": "Episodes and environments",
+        "learner": "Learner: its newest step, once it has sent one",
+    }  # fmt: skip
+    for origin, title in titles.items():
+        found = [series for series in CATALOGUE if series.origin == origin]
+        columns = ["series", "labels", "what", *(["key of metrics.jsonl"] if origin == "learner" else [])]
+        lines += ["", f"## {title}", "", _row(columns), _row(["---"] * len(columns))]
+        for series in found:
+            key = "`reward` of evals.jsonl" if series == EVAL_REWARD else f"`{series.key}`"
+            cells = [f"`{series.name}`", ", ".join(f"`{label}`" for label in series.labels), series.help, key]
+            lines.append(_row(cells[: len(columns)]))
+    return "\n".join(lines) + "\n"
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
 def _panel(panel: Panel, number: int) -> dict[str, Any]:
     row, column = divmod(number, _COLUMNS)
     custom: dict[str, Any] = {"lineWidth": 1, "fillOpacity": 30 if panel.stacked else 0, "showPoints": "auto"}
@@ -239,3 +265,4 @@ def _job() -> dict[str, Any]:
 if __name__ == "__main__":
     for name, content in files().items():
         (FOLDER / name).write_text(content)
+    (FOLDER.parents[1] / "docs" / "series.md").write_text(series_page())

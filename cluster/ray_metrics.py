@@ -8,6 +8,7 @@ Ray puts `ray_` before the names, exports about every ten seconds, and shows a c
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterable
 
 from ray.util.metrics import Counter, Gauge
@@ -16,6 +17,8 @@ from rlx.cluster.progress import Say
 from rlx.series import Reading
 
 REFRESH_S = 5.0
+_SHARE = 0.01
+"""Of a core, at most: with very many workers the refreshes are farther apart"""
 _TIMEOUT_S = 10.0
 
 
@@ -41,6 +44,7 @@ class RayMetrics:
 
     async def _keep(self) -> None:
         while True:
+            began = time.monotonic()
             work = asyncio.create_task(asyncio.to_thread(self._refresh, list(self._read())))
             try:
                 async with asyncio.timeout(_TIMEOUT_S):
@@ -51,7 +55,7 @@ class RayMetrics:
                 return
             finally:
                 await asyncio.wait([work], timeout=_TIMEOUT_S)  # also when cancelled: Ray ends next
-            await asyncio.sleep(REFRESH_S)
+            await asyncio.sleep(max(REFRESH_S, (time.monotonic() - began) / _SHARE))
 
     def _refresh(self, readings: list[Reading]) -> None:
         for reading in readings:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from rlx.episode import Status
 
@@ -39,8 +39,7 @@ class Series:
         return "worker" in self.labels
 
 
-@dataclass(frozen=True)
-class Reading:
+class Reading(NamedTuple):
     """The value of a series now; `labels` in the order of the series'."""
 
     series: Series
@@ -104,7 +103,7 @@ _LEARNER = (
     _learner("last_step_timestamp_seconds", "time", "When the last step ended, Unix time"),
     _learner("reward", "reward", "Mean weighted reward of the step's completions"),
     _learner("reward_std", "reward_std", "Its standard deviation"),
-    _learner("reward_zero_std_ratio", "frac_reward_zero_std", "Share of groups whose rewards are all the same"),
+    _learner("reward_zero_std_ratio", "frac_reward_zero_std", "Share of completions whose whole group has one reward: nothing to learn"),
     _learner("reward_none_ratio", "frac_reward_none", "Share of completions without a reward"),
     _learner("function_reward", "rewards/{function}/mean", "Mean of one reward function", ("function",)),
     _learner("function_failed_completions", "rewards/{function}/failed",

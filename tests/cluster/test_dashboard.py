@@ -32,6 +32,11 @@ def test_the_shipped_dashboards_are_those_of_the_catalogue():
     assert shipped == dict(panels.files()), "run `python -m rlx.cluster.panels`"
 
 
+def test_the_page_of_the_series_is_that_of_the_catalogue():
+    page = Path(__file__).parents[2] / "docs" / "series.md"
+    assert page.read_text() == panels.series_page(), "run `python -m rlx.cluster.panels`"
+
+
 def test_every_query_names_series_that_exist_and_every_series_is_drawn():
     for query in QUERIES:
         assert set(re.findall(r"rlx_\w+", query.expression)) == set(query.series) <= BY_NAME.keys(), query
