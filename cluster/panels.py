@@ -145,7 +145,7 @@ LEARNER = Dashboard("rlx-learner", "rlx: learner", (
         ("weight_sync_wait_seconds", "waiting for publishing")), stacked=True),
     Panel("Time of a step", "s", _of(("step_seconds", "step"))),
     Panel("Time of a publish", "s", _of(
-        ("weight_sync_seconds", "all"), ("weight_sync_transfer_seconds", "transfer"),
+        ("weight_sync_snapshot_seconds", "snapshot before it"), ("weight_sync_seconds", "all"), ("weight_sync_transfer_seconds", "transfer"),
         ("weight_sync_pause_seconds", "pause of a worker"))),
     Panel("Staleness", "short", _of(("staleness_mean_steps", "mean"), ("staleness_max_steps", "max"))),
     Panel("Age of the groups", "s", _of(
