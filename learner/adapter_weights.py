@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from rlx.config import Config
 from rlx.errors import ConfigError
 from rlx.learner.quantized import is_quantized, matrix_of, shape_of
+from rlx.learner.sharding import full_shape, plain_name
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Weight:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return shape_of(self.parameter)
+        return shape_of(self.parameter) if is_quantized(self.parameter) else full_shape(self.parameter)
 
     @torch.no_grad()
     def value(self) -> Tensor:
@@ -47,7 +48,7 @@ class Weight:
 def published_weights(model: nn.Module) -> dict[str, Weight]:
     """Every parameter of the base model by its name there, a tied one once. Nothing is computed yet."""
     if not isinstance(model, PeftModel):
-        return {name: Weight(p.detach()) for name, p in model.named_parameters()}
+        return {plain_name(name): Weight(p) for name, p in model.named_parameters()}
     base, weights = model.get_base_model(), {}
     layers = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
     for name, parameter in base.named_parameters():

@@ -21,7 +21,7 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -29,6 +29,7 @@ from rlx.config import Config
 from rlx.errors import ConfigError
 from rlx.learner.adapter_weights import check_sent_alone
 from rlx.learner.model import disable_dropout, load_model
+from rlx.learner.sharding import whole
 
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _KEYS = {"lora_r": "r", "lora_alpha": "lora_alpha", "peft_use_dora": "use_dora", "peft_use_rslora": "use_rslora"}
@@ -154,6 +155,13 @@ def without_adapter(model: PeftModel) -> Iterator[nn.Module]:
         model.train(training)
 
 
+def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint of `model` holds, by the names there; writing to a tensor changes the model."""
+    if isinstance(model, PeftModel):
+        return get_peft_model_state_dict(model, save_embedding_layers=False)
+    return model.state_dict()
+
+
 def adapter_files(model: nn.Module) -> dict[str, bytes] | None:
     """The adapter as PEFT saves it, by file name; None where there is none."""
     if not isinstance(model, PeftModel):
@@ -164,5 +172,5 @@ def adapter_files(model: nn.Module) -> dict[str, bytes] | None:
     with tempfile.TemporaryDirectory() as folder:
         settings.save_pretrained(folder)
         text = (Path(folder) / SETTINGS).read_bytes()
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    tensors = {name: whole(tensor.detach()).cpu().contiguous() for name, tensor in state.items()}
     return {SETTINGS: text, WEIGHTS: safetensors.torch.save(tensors, {"format": "pt"})}

@@ -10,7 +10,7 @@ Not here: the forward (`logprobs.py`), attention within a packed row (`packing.p
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -128,23 +128,20 @@ def split(
     """`result[rank][i]`: micro-batch i of a rank. Every sample lands in exactly one; all ranks have as many
     micro-batches.
 
-    Without a `token_budget` a rank has `micro_batches`, of as many samples each, or differing by one where B does not
-    divide. With one, a micro-batch takes samples until it forwards that many tokens, padding included; a longer
-    sample is alone in its own.
+    Without a `token_budget` a rank has `micro_batches`, or as many as there are samples for it where those are fewer, of
+    as many samples each, or differing by one where B does not divide. With one, a micro-batch takes samples until it forwards that many tokens, padding included; a longer
+    sample is alone in its own. Where whole samples do not make as many micro-batches for every rank, as they must
+    because ranks compute together, some hold a copy of a sample that trains nothing.
 
     Neighbours in length share a micro-batch, so that padding is small; where prompts are shared, neighbours in the
     group. The costliest micro-batches go first, each to the rank that has the least cost so far, so that the ranks end
     together and a too large batch shows at once.
     """
-    num_slots = world_size * (micro_batches if token_budget is None else 1)
-    if len(samples) < num_slots:
-        raise ValueError(
-            f"{len(samples)} samples cannot fill {num_slots // world_size} micro-batches on {world_size} processes: "
-            f"lower gradient_accumulation_steps or generate at least {num_slots} completions per step"
-        )
     ordered = _neighbours(samples, layout)
     if token_budget is None:
-        bounds = [len(samples) * i // num_slots for i in range(num_slots + 1)]
+        ordered += [_filler(samples)] * (world_size - len(samples))
+        num_slots = world_size * min(micro_batches, len(ordered) // world_size)
+        bounds = [len(ordered) * i // num_slots for i in range(num_slots + 1)]
         parts = [ordered[start:stop] for start, stop in pairwise(bounds)]
     else:
         parts = _fill(ordered, token_budget, world_size, layout)
@@ -156,6 +153,12 @@ def split(
         ranks[rank].append(part)
         costs[rank] += cost(part, layout)
     return ranks
+
+
+def _filler(samples: Sequence[Sample]) -> Sample:
+    """The prompt alone of the sample with the shortest."""
+    shortest = min(samples, key=lambda s: len(s.prompt_ids))
+    return replace(shortest, masked=True, token_weight=0.0, old_logprobs=None)
 
 
 def _neighbours(samples: Sequence[Sample], layout: Layout) -> list[Sample]:
@@ -177,6 +180,9 @@ def _fill(ordered: list[Sample], token_budget: int, world_size: int, layout: Lay
         low, high = (low, middle) if len(_take(ordered, middle, layout)) <= count else (middle, high)
     parts = _take(ordered, high, layout)
     while len(parts) % world_size:
+        if all(len(part) == 1 for part in parts):
+            parts.append([_filler(ordered)])
+            continue
         whole = max((part for part in parts if len(part) > 1), key=lambda part: cost(part, layout))
         half = len(whole) // 2
         parts.append(whole[half:])

@@ -61,12 +61,36 @@ def seal(folder: Path, state: Mapping[str, Any]) -> None:
     write_atomically(folder / CHECKPOINT_MARKER, json.dumps(marker))
 
 
-def find_resume_point(config: Config) -> ResumePoint | None:
+def find_resume_point(config: Config, num_processes: int = 1) -> ResumePoint | None:
     """What `resume_from_checkpoint` or `auto_resume_from_checkpoints` asks for. Raises ConfigError."""
     point = _find(config)
     if point is not None:
         check_checkpoint(point.folder, config)
+        _check_sharding(point.folder, config, num_processes)
     return point
+
+
+_STATES = {
+    "optimizer.pt": "without `fsdp` or `deepspeed`, or with one process",
+    "optimizer.bin": "with fsdp and state_dict_type: FULL_STATE_DICT",
+    "optimizer_0": "with fsdp and state_dict_type: SHARDED_STATE_DICT",
+}
+"""What holds the optimizer's states in a checkpoint, and how that is written"""
+
+
+def _check_sharding(folder: Path, config: Config, num_processes: int) -> None:
+    if config.deepspeed is not None:
+        return
+    expected = "optimizer.pt"
+    if config.is_sharded and num_processes > 1:
+        sharded = config.fsdp_config is not None and config.fsdp_config.state_dict_type == "SHARDED_STATE_DICT"
+        expected = "optimizer_0" if sharded else "optimizer.bin"
+    found = next((name for name in _STATES if (folder / name).exists()), expected)
+    if found != expected:
+        raise ConfigError(
+            f"{config.path}: the checkpoint {folder} was written {_STATES[found]}, and this run is one {_STATES[expected]}. "
+            "Nothing was changed. Start it as that run was."
+        )
 
 
 def _find(config: Config) -> ResumePoint | None:
@@ -152,16 +176,26 @@ def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__"}
 
 
-def save_final(model: Any, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, output_dir: Path) -> None:
+def save_final(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype,
+    output_dir: Path,
+    state: dict[str, torch.Tensor] | None = None,
+) -> None:
     """The trained model in Hugging Face format beside the checkpoints: all files or none. Leaves `model` in `dtype`.
 
     `model` is one of transformers', or has an adapter. Of the latter that alone, in float32, and the model stays as it is.
+    `state` is what is saved of a model that is cut over processes.
     """
     temporary = output_dir / ".final"
     shutil.rmtree(temporary, ignore_errors=True)
     model.config.use_cache = True
     if isinstance(model, PeftModel):
-        model.save_pretrained(temporary, save_embedding_layers=False)
+        model.save_pretrained(temporary, save_embedding_layers=False, state_dict=state)
+    elif state is not None:
+        model.config.dtype = dtype
+        model.save_pretrained(temporary, state_dict=state)
     else:
         model.to(dtype).save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)

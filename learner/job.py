@@ -46,7 +46,7 @@ class Job:
 def make_job(config: Config, num_processes: int, console: Console) -> Job:
     """Reads the data, and says what will be trained. Raises RlxError."""
     plan = make_plan(config, num_processes)
-    resume = find_resume_point(config)
+    resume = find_resume_point(config, num_processes)
     tokenizer = load_tokenizer(config)
     train_set, test_set = load_prompts(config, tokenizer)
     prompts = train_set.prompts

@@ -25,11 +25,12 @@ from rlx.learner.journal import Journal
 from rlx.learner.model import load_model
 from rlx.learner.phases import PhaseSpans
 from rlx.learner.progress import FailureNotes
-from rlx.learner.rank_zero import RankZero
+from rlx.learner.rank_zero import RankZero, jobs_for_rank_zero
 from rlx.learner.ranks import Ranks, StoppedByRankZero
 from rlx.learner.recording import Codec
 from rlx.learner.records import append_event, failure_record
 from rlx.learner.rollouts import connect, longest_step_s
+from rlx.learner.sharding import check_device, device_notes
 from rlx.learner.stream import Fetched, RolloutStream, StepBatch
 from rlx.learner.trainer import GRPOTrainer, StepClock, training_arguments
 
@@ -38,6 +39,7 @@ def train(config: Config, num_processes: int) -> None:
     """Train to the end. Raises RlxError; every rank runs this."""
     is_first = int(os.environ.get("RANK", "0")) == 0
     _quiet_libraries(is_first)
+    check_device(config)
     job = make_job(config, num_processes, Console(quiet=not is_first, stderr=False))
     client = connect(config, job.plan, job.console) if is_first and config.replay is None else None
     model, reference, layout = _models(job)
@@ -46,8 +48,9 @@ def train(config: Config, num_processes: int) -> None:
     )
     _ = arguments.device  # the library sets up the process group here
     ranks = Ranks(arguments.ddp_timeout)
+    ranks.jobs = jobs_for_rank_zero(job, model)
     codec = Codec(config, job.plan, job.tokenizer, job.prompts)
-    first, failed = RankZero(job, client, codec) if is_first else None, True
+    first, failed = RankZero(job, client, codec, ranks) if is_first else None, True
     try:
         trainer = _trainer(job, ranks, arguments, model, reference, layout, codec, first)
         if first is not None:
@@ -79,7 +82,7 @@ def _models(job: Job) -> tuple[nn.Module, nn.Module | None, Layout]:
     if job.resume is not None:
         check_model(job.resume, model, config.base_model)
     forward = prepare(base_of(model), config)
-    for note in forward.notes:
+    for note in (*forward.notes, *device_notes(config)):
         job.say(f"note: {note}")
     if config.lora_dropout and config.trl.disable_dropout:
         job.say("note: lora_dropout is off, because of trl.disable_dropout")

@@ -12,6 +12,7 @@ import json
 import math
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -21,9 +22,10 @@ import torch
 from torch import nn
 
 from rlx.errors import WeightBaseMismatch
-from rlx.learner.adapter_weights import adapter_weights, published_weights
+from rlx.learner.adapter_weights import Weight, adapter_weights, published_weights
 from rlx.learner.adapters import adapter_files
 from rlx.learner.parity import ProbeIds, probe_logprobs
+from rlx.learner.sharding import is_sharded, whole
 from rlx.rollout import delta
 from rlx.rollout.client import PublishTimes as PhaseTimes
 from rlx.rollout.client import RolloutClient
@@ -104,7 +106,10 @@ class Publisher:
         probe_ids: ProbeIds = (),
         transfer: Literal["auto", "full"] = "auto",
         lora_sync: LoraSync = "merged",
+        call_ranks: Callable[[], None] = lambda: None,
     ):
+        """`call_ranks` has the other ranks `join_snapshot`, where the model is cut over them."""
+        self._call_ranks = call_ranks
         self._client, self._dtype, self._floor = client, dtype, last_version
         self._probe_ids, self._transfer, self._lora_sync = probe_ids, transfer, lora_sync
         self._turn = threading.Lock()
@@ -121,6 +126,8 @@ class Publisher:
     def snapshot(self, model: nn.Module) -> Packed:
         """A copy of the parameters of `model`, which is not wrapped for data parallelism, and the probe's log-probs."""
         started = time.perf_counter()
+        if is_sharded(model):
+            self._call_ranks()
         probe = probe_logprobs(model, self._probe_ids) if self._probe_ids else None
         packed = pack(model, self._dtype, probe, self._lora_sync)
         return replace(packed, snapshot_s=time.perf_counter() - started)
@@ -180,6 +187,19 @@ class Publisher:
         return whole, self._client.publish(whole, packed.payload), changed
 
 
+def join_snapshot(model: nn.Module, probe_ids: ProbeIds, lora_sync: LoraSync) -> None:
+    """What the other ranks do while rank 0 takes a snapshot of a model that is cut over all of them."""
+    if probe_ids:
+        probe_logprobs(model, probe_ids)
+    for weight in _weights(model, lora_sync).values():
+        whole(weight.value())
+    adapter_files(model)
+
+
+def _weights(model: nn.Module, lora_sync: LoraSync) -> dict[str, Weight]:
+    return adapter_weights(model) if lora_sync == "adapter" else published_weights(model)
+
+
 def pack(model: nn.Module, dtype: torch.dtype, probe: Probe | None = None, lora_sync: LoraSync = "merged") -> Packed:
     """The parameters of `model` in Hugging Face naming as safetensors bytes of `dtype`; with `lora_sync` adapter those of
     its adapter, in PEFT's naming.
@@ -187,17 +207,17 @@ def pack(model: nn.Module, dtype: torch.dtype, probe: Probe | None = None, lora_
     A tied head is one parameter and travels once, under the embedding's name. One copy: each parameter is converted
     into its place. An adapter is merged in float32, layer by layer, and the model stays as it is.
     """
-    weights = adapter_weights(model) if lora_sync == "adapter" else published_weights(model)
+    weights = _weights(model, lora_sync)
     tensors = tuple(TensorSpec(name, _CODES[dtype], w.shape) for name, w in weights.items())
-    ends = np.cumsum([0, *(math.prod(w.shape) * dtype.itemsize for w in weights.values())]).tolist()
+    ends = np.cumsum([0, *(math.prod(t.shape) * dtype.itemsize for t in tensors)]).tolist()
     head = _header(tensors, ends)
     payload = memoryview(np.empty(len(head) + ends[-1], np.uint8))  # type: ignore[arg-type]
     payload[: len(head)] = head
-    for weight, start, end in zip(weights.values(), ends, ends[1:], strict=False):
+    for weight, tensor, start, end in zip(weights.values(), tensors, ends, ends[1:], strict=False):
+        value = whole(weight.value())
         if start < end:
-            count = (end - start) // dtype.itemsize
-            place = torch.frombuffer(payload, dtype=dtype, count=count, offset=len(head) + start)
-            place.view(weight.shape).copy_(weight.value())
+            place = torch.frombuffer(payload, dtype=dtype, count=value.numel(), offset=len(head) + start)
+            place.view(tensor.shape).copy_(value)
     return Packed(payload.toreadonly(), tensors, dtype.itemsize, probe, adapter_files(model))
 
 

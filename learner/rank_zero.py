@@ -5,18 +5,27 @@ Rollouts or Replay ─► Journal ─► RunFiles ─► Observer ─► the gat
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
+import torch
+from torch import nn
+
+from rlx.config import Config
 from rlx.learner.checkpoints import save_final
 from rlx.learner.job import Job
 from rlx.learner.journal import Journal
 from rlx.learner.model import saved_dtype
 from rlx.learner.observer import Observer
+from rlx.learner.parity import make_probe
 from rlx.learner.progress import ProgressReport
+from rlx.learner.publish import join_snapshot
+from rlx.learner.ranks import SNAPSHOT, WHOLE_STATE, Ranks
 from rlx.learner.recording import Codec, Recorder, Replay
 from rlx.learner.report import RunFiles, evaluation_table, print_samples
 from rlx.learner.rollouts import Rollouts
 from rlx.learner.run_record import write_run_record
+from rlx.learner.sharding import is_sharded, whole_state
 from rlx.learner.stream import StepBatch
 from rlx.learner.trackers import Trackers
 from rlx.learner.trainer import GRPOTrainer
@@ -24,12 +33,26 @@ from rlx.rollout.auth import service_token
 from rlx.rollout.client import RolloutClient
 
 
+def jobs_for_rank_zero(job: Job, model: nn.Module) -> list[Callable[[], object]]:
+    """What the other ranks do when it calls `SNAPSHOT` or `WHOLE_STATE`, where `model` is cut over all of them."""
+    config, probe_ids = job.config, make_probe([prompt.ids for prompt in job.prompts])
+    return [
+        lambda: join_snapshot(model, probe_ids, config.lora_sync),
+        lambda: whole_state(model, rounded_to(config), keep=False),
+    ]
+
+
+def rounded_to(config: Config) -> torch.dtype | None:
+    """What the final weights are rounded to; None: an adapter's, which stay as they are."""
+    return None if config.adapter else saved_dtype(config)
+
+
 class RankZero:
     """`client` is None where the rollouts are replayed. `close` ends everything, whatever happened before."""
 
-    def __init__(self, job: Job, client: RolloutClient | None, codec: Codec):
+    def __init__(self, job: Job, client: RolloutClient | None, codec: Codec, ranks: Ranks):
         config, first = job.config, job.first_step
-        self._job = job
+        self._job, self._ranks = job, ranks
         self.rollouts: Rollouts | Replay
         self.observer: Observer | None = None
         if client is None:
@@ -50,7 +73,9 @@ class RankZero:
         self.callbacks = [self.trackers, self.progress]
         if client is not None:
             recorder = Recorder(self.files.output_dir, codec, first) if config.record_rollouts else None
-            self.rollouts = Rollouts(job, client, self.files, self.journal, recorder)
+            self.rollouts = Rollouts(
+                job, client, self.files, self.journal, recorder, call_ranks=lambda: ranks.call(SNAPSHOT)
+            )
             self.observer = self._observer(self.rollouts.session)
 
     def _observer(self, session: str) -> Observer:
@@ -85,7 +110,11 @@ class RankZero:
     def finish(self, trainer: GRPOTrainer) -> None:
         """Saves first: the service can fail, and what was trained is kept. What is evaluated is what was saved."""
         model, job, out = trainer.accelerator.unwrap_model(trainer.model), self._job, self.files.output_dir
-        save_final(model, trainer.processing_class, saved_dtype(job.config), out)
+        state = None
+        if is_sharded(model):
+            self._ranks.call(WHOLE_STATE)
+            state = whole_state(model, rounded_to(job.config), keep=True)
+        save_final(model, trainer.processing_class, saved_dtype(job.config), out, state)
         self.rollouts.finish(model)
         curve = self.files.learning_curve()
         if evaluations := self.files.evaluations():

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import numpy as np
 import torch
 import torch.distributed as dist
+
+SNAPSHOT, WHOLE_STATE = 0, 1
+"""Jobs that rank 0 calls the others to"""
+_FIRST_JOB = -2
+"""In place of a number of frames: a call to job 0; one less is job 1"""
 
 
 class StoppedByRankZero(Exception):
@@ -16,9 +21,11 @@ class StoppedByRankZero(Exception):
 
 
 class Ranks:
-    """Where this process stands. `timeout_s` bounds every wait for rank 0."""
+    """Where this process stands. `timeout_s` bounds every wait for rank 0. `jobs` are what rank 0 may `call` the others
+    to while they wait for its frames."""
 
     def __init__(self, timeout_s: float):
+        self.jobs: Sequence[Callable[[], object]] = ()
         self._group: dist.ProcessGroup | None = None
         self.rank, self.size = 0, 1
         if dist.is_initialized():
@@ -36,12 +43,20 @@ class Ranks:
             raise
         return self.broadcast(frames)
 
+    def call(self, job: int) -> None:
+        """On rank 0, which owes the others frames: they run `jobs[job]` now, and this rank does its own part in it."""
+        if self.size > 1:
+            dist.broadcast(torch.tensor([_FIRST_JOB - job]), src=0, group=self._group)
+
     def broadcast(self, frames: list[bytes] | None) -> list[bytes]:
         """Rank 0's frames on every rank. None on rank 0 raises StoppedByRankZero on the others."""
         if self.size == 1:
             return frames or []
         count = torch.tensor([-1 if frames is None else len(frames)])
         dist.broadcast(count, src=0, group=self._group)
+        while count.item() <= _FIRST_JOB and self.rank != 0:
+            self.jobs[_FIRST_JOB - int(count)]()
+            dist.broadcast(count, src=0, group=self._group)
         if count.item() < 0:
             if self.rank == 0:
                 return []

@@ -46,6 +46,7 @@ class Rollouts:
         files: RunFiles,
         journal: Journal,
         recorder: Recorder | None,
+        call_ranks: Callable[[], None] = lambda: None,
     ):
         config, plan, resume, prompts, held_out = job.config, job.plan, job.resume, job.prompts, job.held_out
         self._client, self._recorder = client, recorder
@@ -57,6 +58,7 @@ class Rollouts:
             probe_ids=make_probe([prompt.ids for prompt in prompts]),
             transfer=config.async_.weight_transfer,
             lora_sync=config.lora_sync,
+            call_ranks=call_ranks,
         )
         best = BestModel(config, job.tokenizer, files.output_dir, resumed=resume is not None)
 

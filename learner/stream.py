@@ -295,7 +295,8 @@ class RolloutStream:
             for mine in self._mine(part):
                 scored = torch.split(self._old_logprobs(collate(mine, self._layout)), [s.num_trained for s in mine])
                 for sample, values in zip(mine, scored, strict=True):
-                    old[start_of[id(sample)] : start_of[id(sample)] + len(values)] = values
+                    if len(values):
+                        old[start_of[id(sample)] : start_of[id(sample)] + len(values)] = values
         return self._ranks.sum_(old).numpy()
 
     def _mine(self, part: list[Sample]) -> list[list[Sample]]:

@@ -21,13 +21,15 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from accelerate.utils import save_fsdp_optimizer
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
 from rlx.config import Config
 from rlx.episode import Episode, Status
-from rlx.learner.adapters import without_adapter
+from rlx.learner.adapters import WEIGHTS, saved_tensors, without_adapter
 from rlx.learner.batching import MicroBatch
 from rlx.learner.bottleneck import StepTimes
 from rlx.learner.checkpoints import clear, seal
@@ -38,6 +40,8 @@ from rlx.learner.loss_metrics import LossMetrics
 from rlx.learner.losses import LossOptions, policy_loss
 from rlx.learner.ranks import Ranks
 from rlx.learner.reference import load_reference, mix_into, save_reference
+from rlx.learner.sharding import arguments as sharding_arguments
+from rlx.learner.sharding import load_whole, prepare_fsdp, process_group_backend, shard, whole_state
 from rlx.learner.stream import RolloutStream, StepBatch, known_logprobs, reward_names
 
 
@@ -55,7 +59,7 @@ def training_arguments(
     config: Config, total_steps: int, steps_per_epoch: int, ddp_timeout_s: float
 ) -> TrainingArguments:
     """The library's arguments; the stream knows no epochs, so everything is counted in steps."""
-    on_gpu = torch.cuda.is_available()
+    on_gpu, num_processes = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", "1"))
     return _Arguments(
         output_dir=config.output_dir,
         max_steps=total_steps,
@@ -80,7 +84,7 @@ def training_arguments(
         save_strategy="no" if config.save_strategy == "no" else "steps",
         save_steps=config.save_steps or max(1, steps_per_epoch // (config.saves_per_epoch or 1)),
         use_cpu=not on_gpu,
-        ddp_backend=None if "RANK" not in os.environ else "nccl" if on_gpu else "gloo",
+        ddp_backend=None if "RANK" not in os.environ else process_group_backend(config) if on_gpu else "gloo",
         ddp_timeout=int(ddp_timeout_s),
         ddp_find_unused_parameters=False,
         ignore_data_skip=True,
@@ -89,6 +93,9 @@ def training_arguments(
         log_level_replica="error",
         remove_unused_columns=False,
         logging_nan_inf_filter=False,
+        use_liger_kernel=config.use_liger_kernel,
+        liger_kernel_config={"fused_linear_cross_entropy": False} if config.use_liger_kernel else None,
+        **sharding_arguments(config, num_processes),
     )
 
 
@@ -117,7 +124,12 @@ class GRPOTrainer(Trainer):
     ):
         super().__init__(model=model, args=arguments, processing_class=tokenizer, callbacks=callbacks)
         self._config, self._ranks, self._options = config, ranks, loss_options(config)
-        self._reference = reference.to(self.args.device).eval() if reference is not None else None
+        self._reference = self._placed(reference) if reference is not None else None
+        self._offloading: AbstractContextManager[Any] = nullcontext()
+        if config.activation_offloading and torch.cuda.is_available():
+            from trl.models.activation_offloading import get_act_offloading_ctx_manager  # slow to import
+
+            self._offloading = get_act_offloading_ctx_manager(self.model)
         self._feed_state, self._save_open_batch = feed_state, save_open_batch
         self._loss_metrics = LossMetrics.zero()
         self._bonus, self._entropy_sum, self._num_entropy_tokens = EntropyBonus.of(config), torch.zeros(()), 0
@@ -125,6 +137,14 @@ class GRPOTrainer(Trainer):
         self._step_ended = self._training_began = time.perf_counter()
         self._times_before, self._step_times = StepTimes(), []  # type: tuple[StepTimes, list[StepTimes]]
         self.stream = make_stream(self)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        self.is_fsdp_enabled = prepare_fsdp(self.accelerator, self.args)
+
+    def _placed(self, reference: nn.Module) -> nn.Module:
+        placed = shard(reference, self.accelerator) if self.is_fsdp_enabled else reference.to(self.args.device)
+        return placed.eval()
 
     def get_train_dataloader(self) -> RolloutStream:  # type: ignore[override]
         return self.stream
@@ -187,7 +207,9 @@ class GRPOTrainer(Trainer):
         for i, micro_batch in enumerate(micro_batches):
             is_last = i == len(micro_batches) - 1
             self.accelerator.gradient_state._set_sync_gradients(is_last)
-            with nullcontext() if is_last else self.accelerator.no_sync(model=model):
+            # FSDP sums at once: what waits for the sum would be the gradients of the whole model.
+            sums = is_last or self.is_fsdp_enabled
+            with nullcontext() if sums else self.accelerator.no_sync(model=model), self._offloading:
                 total += super().training_step(model, micro_batch, num_items_in_batch)
         return total
 
@@ -249,6 +271,32 @@ class GRPOTrainer(Trainer):
         """Not counted: the library's estimate wants padded `input_ids`."""
         return 0
 
+    @property
+    def _gathers_checkpoints(self) -> bool:
+        """Whether a model that is cut over the ranks is saved whole, which the library does not do for a tied head."""
+        return self.is_fsdp_enabled and "FULL" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not self._gathers_checkpoints:
+            return super().save_model(output_dir, _internal_call)
+        state = whole_state(self.model, None, keep=self.args.should_save)
+        if self.args.should_save:
+            self._save(output_dir, state_dict=state)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self._gathers_checkpoints:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        plugin = self.accelerator.state.fsdp_plugin
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not self._gathers_checkpoints:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        folder = Path(resume_from_checkpoint)
+        load_whole(saved_tensors(self.model), [*folder.glob("model*.safetensors"), *folder.glob(WEIGHTS)])
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self._bonus.adaptive:
@@ -266,9 +314,9 @@ class GRPOTrainer(Trainer):
         self._ranks.wait_for_all()
         super()._save_checkpoint(model, trial)
         self._ranks.wait_for_all()
+        if self._config.trl.sync_ref_model and self._reference is not None:
+            save_reference(self._reference, folder, is_first=self._ranks.rank == 0)
         if self._ranks.rank == 0:
-            if self._config.trl.sync_ref_model and self._reference is not None:
-                save_reference(self._reference, folder)
             self._save_open_batch(folder)
             state = {"step": self.state.global_step, **self._feed_state()}
             if self._bonus.adaptive:

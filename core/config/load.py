@@ -70,7 +70,8 @@ def _key_problems(source: Source, model: type[BaseModel], data: dict[str, Any], 
     problems = []
     for name, value in data.items():
         key = (*at, name)
-        flat = ".".join(str(part) for part in key if not isinstance(part, int))
+        name = _plain(name, at)
+        flat = ".".join(str(part) for part in (*at, name) if not isinstance(part, int))
         if flat in REFUSED:
             refusal = REFUSED[flat]
             if not any(value is off or (value == off and type(value) is type(off)) for off in refusal.harmless):
@@ -88,6 +89,11 @@ def _key_problems(source: Source, model: type[BaseModel], data: dict[str, Any], 
         elif section is not None and isinstance(value, dict):
             problems += _key_problems(source, section, value, key)
     return problems
+
+
+def _plain(name: Any, at: KeyPath) -> Any:
+    """Axolotl's older keys of fsdp_config have a prefix."""
+    return name.removeprefix("fsdp_") if at == ("fsdp_config",) and isinstance(name, str) else name
 
 
 def _section_of(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
@@ -118,7 +124,7 @@ def _nearest(name: str, model: type[BaseModel], at: KeyPath) -> str:
 def _without_refused(data: dict[str, Any], at: tuple[str, ...] = ()) -> dict[str, Any]:
     kept = {}
     for name, value in data.items():
-        if ".".join((*at, str(name))) in REFUSED:
+        if ".".join((*at, str(_plain(name, at)))) in REFUSED:
             continue
         inner = keys_of(Config)[name].annotation if not at and name in keys_of(Config) else None
         if value is None and isinstance(inner, type) and issubclass(inner, BaseModel):
@@ -142,7 +148,7 @@ def _explain(source: Source, item: dict[str, Any]) -> str:
         return f"{where}: {flat + ': ' if flat else ''}{message.removeprefix('Value error, ')}."
     if flat == "rl" and value in METHODS_ELSEWHERE:
         return f"{where}: rl: rlx trains with grpo or gdpo, not {value}. Write `rl: grpo`."
-    hint = VALUE_HINTS.get((flat, value)) if isinstance(value, str | bool) else None
+    hint = VALUE_HINTS.get((flat, value)) if isinstance(value, str | int) else None
     if hint:
         return f"{where}: {flat}: {hint}"
     return f"{where}: {flat}: {value!r} cannot be used. {message}. {_meaning(key)}"

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlx.config.schema import Config
+from rlx.config.sharding import check_sharding
 from rlx.errors import ConfigError
 
 _GIB = 2**30
@@ -73,11 +74,12 @@ def make_plan(config: Config, num_processes: int = 1) -> Plan:
         )
     group, asked = config.trl.num_generations, config.gradient_accumulation_steps
     per_pass = config.micro_batch_size * num_processes
-    notes: list[str] = []
+    notes = check_sharding(config, config.path, num_processes)
     iterations = config.trl.num_iterations
     if config.trl.steps_per_generation is not None:
         shared = _steps_per_pass(config, per_pass)
-        return Plan(num_processes, group, per_pass * asked, asked, tuple(_second_looks(config)), shared, iterations)
+        notes += _second_looks(config)
+        return Plan(num_processes, group, per_pass * asked, asked, tuple(notes), shared, iterations)
     if config.trl.generation_batch_size is not None:
         completions = config.trl.generation_batch_size
         if completions % group:

@@ -28,6 +28,7 @@ from rlx.config.sections import (
     TrlSection,
     VllmSection,
 )
+from rlx.config.sharding import FsdpSection, ShardingKeys
 from rlx.config.trackers import TrackerKeys
 
 _SECTIONS: list[tuple[str, type[BaseModel]]] = [
@@ -42,6 +43,7 @@ _SECTIONS: list[tuple[str, type[BaseModel]]] = [
     ("envs[].openenv", OpenEnvSection),
     ("episodes", EpisodesSection),
     ("cluster", ClusterSection),
+    ("fsdp_config", FsdpSection),
 ]
 
 _INTRODUCTION = """# Configuration
@@ -63,11 +65,15 @@ def render() -> str:
             Config,
             skip={name.split("[")[0] for name, _ in _SECTIONS} - {"datasets", "envs"}
             | set(LoraKeys.model_fields)
-            | set(TrackerKeys.model_fields),
+            | set(TrackerKeys.model_fields)
+            | set(ShardingKeys.model_fields),
         ),
         "\n## Top level: adapters\n",
         "Training of an adapter instead of the whole model ([guide](guides/lora.md)).\n",
         _table(LoraKeys, skip=set()),
+        "\n## Top level: large models\n",
+        "What a model needs that does not fit one process ([guide](guides/large_models.md)).\n",
+        _table(ShardingKeys, skip=set()),
         "\n## Top level: trackers\n",
         "Where metrics and completions go besides output_dir ([guide](guides/monitoring.md)).\n",
         _table(TrackerKeys, skip=set()),

@@ -35,7 +35,10 @@ REFUSED: dict[str, Refusal] = {
     **_refuse("peft", "LoftQ is not supported", _REMOVE, (None, {})),
     **_refuse("lora_mlp_kernel lora_qkv_kernel lora_o_kernel", "Axolotl's own kernels are not part of rlx", _REMOVE),
     **_refuse("reward_model process_reward_model", "training a reward model is not supported", "Remove the key."),
-    **_refuse("deepspeed fsdp fsdp_config fsdp_version", "the learner's processes hold the whole model each (DDP)", _REMOVE, (None, False, [], "", {})),
+    **_refuse("fsdp_config.mixed_precision_policy", "weights are float32, and what is computed in is said elsewhere", "Write `bf16: true`, or nothing.", (None, "")),
+    **_refuse("fsdp_config.cpu_offload_pin_memory", "memory is pinned with offload_params", _REMOVE, (None, True)),
+    **_refuse("liger_rms_norm liger_rope liger_glu_activation liger_swiglu liger_layer_norm liger_cross_entropy liger_fused_linear_cross_entropy "
+              "liger_use_token_scaling", "Liger's kernels are switched on together", "Write `use_liger_kernel: true`."),
     **_refuse("use_ray ray_num_workers ray_run_name resources_per_worker", "the learner does not run inside Ray; the rollout service always does",
               "Remove the key; `rlx train CFG --num-processes N` starts the learner's processes."),
     **_refuse("use_comet comet_api_key comet_project_name comet_workspace comet_experiment_key comet_mode comet_online comet_experiment_config "
@@ -53,7 +56,7 @@ REFUSED: dict[str, Refusal] = {
     **_refuse("save_only_model", "a checkpoint without optimizer cannot be resumed", _REMOVE),
     **_refuse("early_stopping_patience loss_watchdog_threshold loss_watchdog_patience", "it watches a supervised loss", _REMOVE),
     **_refuse("plugins", "Axolotl's plugins are not loaded", _REMOVE, (None, False, [])),
-    **_refuse("trl.use_liger_loss", "Liger's fused loss is not supported", _REMOVE),
+    **_refuse("trl.use_liger_loss", "Liger's fused GRPO loss has some of the losses only; rlx's never holds all logits either, for every loss", "Remove the key; Liger's other kernels are `use_liger_kernel: true`."),
     **_refuse("trl.vllm_enable_sleep_mode", "the workers have GPUs of their own and never sleep", _REMOVE),
     **_refuse("trl.cast_lm_head_to_fp32", "it is not supported", _REMOVE),
     **_refuse("trl.use_data_producer trl.async_prefetch trl.prefetch_depth trl.vllm_sync_interval trl.streaming_partial_batch "
@@ -66,6 +69,12 @@ REFUSED: dict[str, Refusal] = {
 }  # fmt: skip
 
 VALUE_HINTS: dict[tuple[str, Any], str] = {
+    (
+        "bf16",
+        "full",
+    ): "weights in bfloat16 would lose updates as small as those of reinforcement learning. Write `bf16: true`, which "
+    "computes in bfloat16 over float32 weights.",
+    ("fsdp_version", 1): "FSDP1 leaves transformers soon. Write `fsdp_version: 2`, or remove the key.",
     ("trl.use_vllm", False): "rlx generates with vLLM only. Write `use_vllm: true` or remove the key.",
     (
         "trl.vllm_mode",

@@ -19,10 +19,11 @@ from rlx.config.sections import (
     TrlSection,
     VllmSection,
 )
+from rlx.config.sharding import ShardingKeys
 from rlx.config.trackers import TrackerKeys
 
 
-class Config(LoraKeys, TrackerKeys):
+class Config(LoraKeys, ShardingKeys, TrackerKeys):
     """Everything that one run needs; both commands read the same file."""
 
     # model
@@ -117,8 +118,6 @@ class Config(LoraKeys, TrackerKeys):
         "auto", description="Compute in bfloat16 over float32 master weights. auto: on a GPU that has it."
     )
     tf32: bool | Literal["auto"] = Field("auto", description="TensorFloat-32 matrix products on GPUs that have them.")
-    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
-    gradient_checkpointing_kwargs: dict[str, Any] = Field(default={}, description="Its arguments.")
     # output
     output_dir: str = Field(
         "./outputs", description="Folder for checkpoints, the final model and the logs, relative to the current folder."
@@ -182,6 +181,23 @@ class Config(LoraKeys, TrackerKeys):
             )
         if self.rl_adapter_ref_model and self.trl.beta == 0:
             raise ValueError("rl_adapter_ref_model has no effect at trl.beta: 0; remove it, or raise trl.beta")
+        return self
+
+    @model_validator(mode="after")
+    def an_adapter_is_found_in_its_layers(self) -> Config:
+        if self.adapter is not None and self.fsdp_config is not None and self.fsdp_config.activation_checkpointing:
+            raise ValueError(
+                "fsdp_config.activation_checkpointing hides an adapter from PEFT; write `gradient_checkpointing: true` instead"
+            )
+        if self.adapter == "qlora" and (self.is_sharded or self.deepspeed is not None):
+            raise ValueError(
+                "adapter: qlora excludes fsdp and deepspeed: matrices in 4 bits are not cut; each process holds them whole, "
+                "at half a byte a parameter. Remove fsdp, or write `adapter: lora`"
+            )
+        if self.adapter is not None and self.deepspeed is not None:
+            raise ValueError(
+                "deepspeed excludes `adapter`: gathering its weights was never written; write `fsdp: true`"
+            )
         return self
 
     @model_validator(mode="after")

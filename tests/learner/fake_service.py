@@ -168,10 +168,10 @@ def serve(
         thread.join(START_TIMEOUT_S)
 
 
-def write_run(folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
+def write_run(folder: Path, dtype: torch.dtype = torch.float32, tie: bool = True, **changes: Any) -> Path:
     """model/, data.jsonl (10 prompts), held_out.jsonl (3) and cfg.yaml in `folder`; `changes` replace keys,
     `trl` and `async_` add; it is a synchronous run without."""
-    make_tiny_model(folder / "model", dtype=dtype)
+    make_tiny_model(folder / "model", dtype=dtype, tie=tie)
     for name, count in (("data", 10), ("held_out", 3)):
         rows = [{"prompt": f"{name} {i} =", "answer": str(i)} for i in range(count)]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlx.learner.batching import Sample, collate, split
+from rlx.learner.batching import PADDED, Layout, Sample, collate, num_tokens, split
 
 
 def sample(prompt: list[int], completion: list[int], advantage: float = 0.0, masked: bool = False) -> Sample:
@@ -62,9 +62,28 @@ def test_sizes_differ_by_at_most_one_where_samples_do_not_divide() -> None:
     assert (sum(sizes), max(sizes) - min(sizes)) == (11, 1)
 
 
-def test_too_few_samples_are_refused_with_the_number_that_is_needed() -> None:
-    with pytest.raises(ValueError, match="at least 4 completions"):
-        split(samples_of([5] * 3), 2, 2)
+@pytest.mark.parametrize("layout", [PADDED, Layout(packed=True), Layout(packed=True, share_prompts=True)])
+@pytest.mark.parametrize("budget", [None, 1, 40, 200])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_every_rank_makes_as_many_forward_passes_and_no_sample_is_lost(
+    world_size: int, budget: int | None, layout: Layout
+) -> None:
+    """Ranks compute together: with one micro-batch less, a rank would leave the others waiting."""
+    rng = np.random.default_rng(world_size)
+    for count in (1, 2, 3, 5, 7, 12, 31):
+        samples = samples_of(rng.integers(0, 60, count).tolist())
+        ranks = split(samples, world_size, 4, budget, layout)
+        assert len({len(parts) for parts in ranks}) == 1
+        parts = [part for parts in ranks for part in parts]
+        assert all(len(part) > 0 for part in parts)
+        given = {id(s) for s in samples}
+        assert sorted(id(s) for part in parts for s in part if id(s) in given) == sorted(given)
+        added = [s for part in parts for s in part if id(s) not in given]
+        assert all(s.masked and s.token_weight == 0 and s.num_trained == 0 for s in added)
+        if count >= world_size and budget is None:
+            assert not added
+        if budget is not None:
+            assert all(num_tokens(part, layout) <= budget or len(part) == 1 for part in parts)
 
 
 def test_neighbours_in_length_share_a_micro_batch_and_ranks_share_the_padded_tokens() -> None:

@@ -26,7 +26,7 @@ def test_the_reference_moves_by_its_share_of_the_way(tmp_path: Path) -> None:
     mix_into(reference, policy, 0.25)
     assert reference.weight.tolist() == [[0.25, 7.5]]
     assert policy.weight.tolist() == [[1.0, 0.0]]
-    save_reference(reference, tmp_path)
+    save_reference(reference, tmp_path, is_first=True)
     load_reference(policy, tmp_path)
     assert policy.weight.tolist() == [[0.25, 7.5]]
 
