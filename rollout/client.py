@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import itertools
 import json
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeVar
 from urllib.parse import quote
 
-import httpx
+import aiohttp
 import numpy as np
 
 from rlx.errors import ServiceError, ServiceUnavailable
@@ -31,8 +31,8 @@ from rlx.wire import CONTENT_TYPE, GroupRequest, GroupResult, WeightManifest, de
 T = TypeVar("T")
 MAX_IN_FLIGHT = 256
 """Groups that a client has submitted and not got back; more wait here."""
-_POOLS = 16
-"""Connection pools that share them: a pool looks through all its connections at every request, so one of 256 is slow."""
+_KEEP_S = 60.0
+"""An idle connection is used again; the service closes it after 75 s."""
 _PIECE = 2**20
 _RESUBMITS = 5
 _FIRST_PAUSE_S = 0.2
@@ -87,20 +87,8 @@ class RolloutClient:
         self._thread: threading.Thread | None = None
         self._loop = asyncio.new_event_loop()
         self._slots = asyncio.Semaphore(max_in_flight)
-        certificates = httpx.create_ssl_context(trust_env=False)
-        self._pools = [
-            httpx.AsyncClient(
-                base_url=self.base_url,
-                headers={"Authorization": f"Bearer {token}"} if token else {},
-                timeout=httpx.Timeout(None, connect=self._timeouts.connect_s),
-                limits=httpx.Limits(max_connections=None, max_keepalive_connections=max_in_flight),
-                verify=certificates,
-                trust_env=False,
-            )
-            for _ in range(_POOLS)
-        ]
+        self._authorization = {"Authorization": f"Bearer {token}"} if token else {}
         self._session = ""
-        self._pool_in_turn = itertools.cycle(self._pools)
         self._direct = DirectRollouts(self._ask_routes, self._post_group, _MARGIN_S) if direct else None
 
     def __enter__(self) -> RolloutClient:
@@ -218,10 +206,9 @@ class RolloutClient:
     async def _ask_routes(self, body: dict[str, Any]) -> dict[str, Any]:
         return await self._json("POST", "/v1/routes", "the way to the workers", body)
 
-    async def _post_group(self, url: str, body: bytes) -> httpx.Response:
+    async def _post_group(self, url: str, body: bytes) -> tuple[int, bytes]:
         """To a worker's own endpoint; once, a lost connection is the caller's to handle."""
-        headers = {"Content-Type": CONTENT_TYPE} | self._headers()
-        return await next(self._pool_in_turn).post(f"{url}/v1/rollouts", content=body, headers=headers)
+        return await self._send("POST", f"{url}/v1/rollouts", body, {"Content-Type": CONTENT_TYPE})
 
     # --- weights --------------------------------------------------------------------------------------------------
 
@@ -240,11 +227,11 @@ class RolloutClient:
             seconds + _MARGIN_S, lambda: f"{who}: the bytes did not reach {self.base_url} within {seconds:g} s"
         ):
             try:
-                headers = {"Content-Length": str(manifest.travels)} | self._headers()
-                answer = await next(self._pool_in_turn).put(path, content=_pieces(data), headers=headers)
-            except httpx.TransportError as error:
+                length = {"Content-Length": str(manifest.travels)}
+                status, told = await self._send("PUT", f"{self.base_url}{path}", _pieces(data), length)
+            except aiohttp.ClientError as error:
                 raise ServiceUnavailable(f"{who}: {_lost(self.base_url, error)}") from error
-        _check(answer, self.base_url)
+        _check(status, told, self.base_url)
         marks.append(time.monotonic())
         answer = json.loads(await self._request("POST", f"{path}/commit", f"{who}: commit", _COMMIT * seconds))
         marks.append(time.monotonic())
@@ -263,42 +250,54 @@ class RolloutClient:
         ):
             for resubmit in range(_RESUBMITS + 1):
                 try:
-                    pool = next(self._pool_in_turn)
-                    headers = {"Content-Type": kind} | self._headers()
-                    answer = await pool.request(method, path, content=body, headers=headers)
+                    status, answer = await self._send(method, f"{self.base_url}{path}", body, {"Content-Type": kind})
                     break
-                except httpx.TransportError as error:
+                except aiohttp.ClientError as error:
                     if resubmit == _RESUBMITS:
                         raise ServiceUnavailable(f"{what}: {_lost(self.base_url, error)}") from error
                     await asyncio.sleep(_FIRST_PAUSE_S * 2**resubmit)
-        _check(answer, self.base_url)
-        return answer.content
+        _check(status, answer, self.base_url)
+        return answer
 
     async def _json(self, method: str, path: str, what: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         sent = json.dumps(body).encode() if body is not None else b""
         answer: dict[str, Any] = json.loads(await self._request(method, path, what, self._timeouts.call_s, sent))
         return answer
 
-    def _headers(self) -> dict[str, str]:
-        return {SESSION_HEADER: self._session} if self._session else {}
+    async def _send(
+        self, method: str, url: str, body: bytes | AsyncIterator[bytes], headers: dict[str, str]
+    ) -> tuple[int, bytes]:
+        """Status and body of the answer; aiohttp.ClientError without one."""
+        headers |= self._authorization | ({SESSION_HEADER: self._session} if self._session else {})
+        async with self._http.request(method, url, data=body, headers=headers, allow_redirects=False) as answer:
+            return answer.status, await answer.read()
+
+    @cached_property
+    def _http(self) -> aiohttp.ClientSession:
+        """Made in the loop, at the first request."""
+        return aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_S),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._timeouts.connect_s),
+            cookie_jar=aiohttp.DummyCookieJar(),
+        )
 
     def _try_health(self, seconds: float) -> tuple[str, dict[str, Any]]:
         """The service's status word (`unreachable` when nobody answers) and the body."""
 
-        async def ask() -> httpx.Response:
+        async def ask() -> tuple[int, bytes]:
             async with deadline(seconds, lambda: f"{self.base_url}/health did not answer within {seconds:g} s"):
-                return await next(self._pool_in_turn).get("/health")
+                return await self._send("GET", f"{self.base_url}/health", b"", {})
 
         try:
-            answer = self._call(ask())
-        except httpx.TransportError:
+            status, answer = self._call(ask())
+        except aiohttp.ClientError:
             return "unreachable", {}
         try:
-            body = answer.json()
+            body = json.loads(answer)
             return str(body["status"]), body
         except (ValueError, KeyError, TypeError):
             raise ServiceError(
-                f"something else than a rollout service answers at {self.base_url} (HTTP {answer.status_code}); "
+                f"something else than a rollout service answers at {self.base_url} (HTTP {status}); "
                 "write another vllm.port, and the same in trl.vllm_server_port if that is set"
             ) from None
 
@@ -319,8 +318,7 @@ class RolloutClient:
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
-        for pool in self._pools:
-            await pool.aclose()
+        await self._http.close()
 
 
 async def _pieces(data: bytes | memoryview | Iterable[bytes]) -> AsyncIterator[bytes]:
@@ -333,9 +331,9 @@ async def _pieces(data: bytes | memoryview | Iterable[bytes]) -> AsyncIterator[b
             yield piece
 
 
-def _check(answer: httpx.Response, url: str) -> None:
-    if answer.is_error:
-        raise_answer(answer.status_code, answer.content, url)
+def _check(status: int, answer: bytes, url: str) -> None:
+    if status >= 400:
+        raise_answer(status, answer, url)
 
 
 def _lost(url: str, error: Exception) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-import httpx
+import aiohttp
 
 from rlx.errors import GroupCancelled, RlxError, ServiceUnavailable
 from rlx.rollout.deadline import deadline
@@ -40,7 +40,7 @@ class DirectRollouts:
     def __init__(
         self,
         ask: Callable[[dict[str, Any]], Awaitable[dict[str, Any]]],
-        post: Callable[[str, bytes], Awaitable[httpx.Response]],
+        post: Callable[[str, bytes], Awaitable[tuple[int, bytes]]],
         margin_s: float,
     ):
         self._ask, self._post, self._margin_s = ask, post, margin_s
@@ -61,11 +61,11 @@ class DirectRollouts:
                     url = await self._place(group)
                     doing = f"{url} was asked last"
                     try:
-                        answer = await self._post(url, body)
-                        if answer.is_error:
-                            raise_answer(answer.status_code, answer.content, url)
-                        return answer.content
-                    except (httpx.TransportError, ServiceUnavailable, GroupCancelled) as error:
+                        status, answer = await self._post(url, body)
+                        if status >= 400:
+                            raise_answer(status, answer, url)
+                        return answer
+                    except (aiohttp.ClientError, ServiceUnavailable, GroupCancelled) as error:
                         # A lost worker; or the gateway stopped the group there, and says why when it is asked again.
                         doing = f"{url}: {error or type(error).__name__}"
                         await asyncio.sleep(pause)
