@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 Piece = tuple[str, int]
 """A text and how many tokens it takes; more than one where a character is split over tokens."""
-_LONGEST = 8
+_MOST_BYTES = 4
+"""Of a character"""
+_BROKEN = "\ufffd"
 
 
 def find_tokenizer(places: Iterable[str]) -> Tokenizer | None:
@@ -52,15 +54,20 @@ def pieces(tokenizer: Tokenizer | None, ids: list[int]) -> list[Piece]:
     found: list[Piece] = []
     at = 0
     while at < len(ids):
-        before = ids[at - 1 : at]
-        prefix = tokenizer.decode(before, skip_special_tokens=False) if before else ""
-        for size in range(1, min(_LONGEST, len(ids) - at) + 1):
-            text = tokenizer.decode([*before, *ids[at : at + size]], skip_special_tokens=False)
-            if not text.endswith("\ufffd"):
-                break
-        else:
-            size = 1
-            text = tokenizer.decode([*before, *ids[at : at + 1]], skip_special_tokens=False)
-        found.append((text[len(prefix) :] if text.startswith(prefix) else text, size))
+        before = ids[at - 1 : at] if at else []
+        text, size = _next_piece(tokenizer, before, ids[at : at + _MOST_BYTES])
+        found.append((text, size))
         at += size
     return found
+
+
+def _next_piece(tokenizer: Tokenizer, before: list[int], ids: list[int]) -> Piece:
+    """The first token of `ids`, with those that complete its character. `before` tells whether a space is due."""
+    prefix = tokenizer.decode(before, skip_special_tokens=False) if before else ""
+    texts = []
+    for size in range(1, len(ids) + 1):
+        text = tokenizer.decode([*before, *ids[:size]], skip_special_tokens=False)
+        texts.append(text[len(prefix) :] if text.startswith(prefix) else text)
+        if _BROKEN not in texts[-1]:
+            return texts[-1], size
+    return texts[0], 1
