@@ -100,10 +100,10 @@ def test_a_resumed_run_that_cut_its_files_begins_anew(tmp_path):
     metrics.write_bytes(b"".join(map(metric, range(1, 4))))
     samples.write_bytes(b"".join(sample(step, text=f"old {step}") for step in range(1, 4)))
     append(metrics, *[metric(step, fresh=1) for step in range(4, 9)])  # longer than before
-    append(samples, *[sample(step, text=f"new {step}") for step in range(4, 9)])
+    append(samples, *[sample(step, text=f"new and longer {step}") for step in range(4, 9)])
     answer = run.since(seen)
     assert (answer["reset"], steps(answer)) == (True, [1, 2, 3, 4, 5, 6, 7, 8])
-    assert chosen(run, limit=6) == ["new 8", "new 7", "new 6", "new 5", "new 4", "old 3"]
+    assert chosen(run, limit=6) == [*(f"new and longer {step}" for step in (8, 7, 6, 5, 4)), "old 3"]
 
 
 def test_rotation_loses_nothing_and_keeps_places(tmp_path):
@@ -157,6 +157,17 @@ def test_samples_are_chosen_by_every_filter(tmp_path):
         "four",
         "two",
     ]
+
+
+def test_a_sample_is_there_once_its_line_is_whole(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    append(path, sample(1, text="one"), sample(2, text="two")[:-9])
+    run = FolderRun(tmp_path)
+    assert chosen(run) == ["one"]
+    append(path, sample(2, text="two")[-9:], sample(3, text="three")[:9])
+    assert chosen(run) == ["two", "one"]
+    append(path, sample(3, text="three")[9:])
+    assert chosen(run) == ["three", "two", "one"]
 
 
 def test_a_page_goes_on_where_the_last_one_ended_while_new_samples_arrive(tmp_path):
