@@ -44,6 +44,7 @@ BENCHMARKS = (
     Benchmark("rewards", ("reward_scoring.py",), quick=False, json=False),
     Benchmark("tools", ("tool_calls.py",), quick=False, json=False),
     Benchmark("openenv", ("openenv_sessions.py",), quick=False, json=False, needs=HERE.parent / ".venv-openenv"),
+    Benchmark("observability", ("observability.py",)),
     Benchmark("samples", ("samples_reader.py",), quick=False, json=False),
     Benchmark("view", ("view.py",)),
 )

@@ -6,6 +6,7 @@ Nothing heavy is imported before `main`, which tells every error once: rank 0 on
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 import traceback
@@ -15,6 +16,8 @@ from rlx.errors import RlxError
 from rlx.learner.launch import log_of
 from rlx.processes import die_with_parent, write_output_to
 
+_PEER = re.compile(r"gloo.*(Connection (closed|reset)|Broken pipe)", re.DOTALL)
+"""What gloo says when another process is gone; the launcher says why it is."""
 _AFTER_RANK_ZERO_S = 30.0
 """How long another rank that failed keeps still. Mostly rank 0 failed with the same, or first: it says so and leaves,
 whereupon the launcher stops this process."""
@@ -41,6 +44,8 @@ def main() -> int:
     except Exception as error:  # the end of the process: whatever came is said, once
         if isinstance(error, RlxError):
             print(f"error: {error}", file=sys.stderr, flush=True)
+        elif isinstance(error, RuntimeError) and _PEER.search(str(error)):
+            print(f"learner process {rank} lost the connection to another one", file=sys.stderr, flush=True)
         else:
             traceback.print_exc()
         if rank:

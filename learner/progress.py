@@ -16,8 +16,8 @@ from rlx.learner.pace import Pace, clock
 from rlx.learner.report import RunFiles
 from rlx.wire import GroupResult
 
-_NO_NEWS = ("run_started", "resumed", "publish", "discard", "run_finished")
-"""Events that are on the screen anyway, or of every step."""
+_NEWS = ("checkpoint", "service_lost", "service_back", "run_failed")
+"""Events that the live view shows, with all that begin with `worker_`; the others are printed, or come at every step."""
 
 
 class ProgressReport(TrainerCallback):
@@ -66,7 +66,7 @@ class ProgressReport(TrainerCallback):
             self._live = None
 
     def _tell(self, kind: str, record: Mapping[str, Any]) -> None:
-        if self._live is not None and kind == "events" and record["kind"] not in _NO_NEWS:
+        if self._live is not None and kind == "events" and record["kind"].startswith(("worker_", *_NEWS)):
             self._live.tell(record["text"])
 
 
