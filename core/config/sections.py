@@ -97,7 +97,10 @@ class TrlSection(ObjectiveKeys):
     )
     # data and logging
     shuffle_dataset: bool = Field(True, description="Draw the prompts of each epoch in a seeded random order.")
-    log_completions: bool = Field(False, description="Print some completions in the terminal at every logging step.")
+    log_completions: bool = Field(
+        False,
+        description="Print some completions in the terminal at every logging step, and give those of samples.jsonl to the trackers as a table.",
+    )
     num_completions_to_print: int = Field(2, ge=0, description="How many of them.")
     # the service, as the learner sees it
     use_vllm: Literal[True] = Field(True, description="Always true: rlx generates with vLLM.")

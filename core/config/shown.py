@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-_SECRET_NAME = re.compile(r"(token|secret|password|passwd|api_?key|credentials?)$", re.IGNORECASE)
+_SECRET_NAME = re.compile(r"(token|secret|password|passwd|api_?key|credentials?|authorization)$", re.IGNORECASE)
 _USER_OF_URL = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 _QUERY_OF_URL = re.compile(r"(?<=://)([^?\s]*)\?\S+")
 
@@ -27,15 +27,16 @@ def shown_values(config: BaseModel) -> dict[str, str | int | float | bool]:
         elif value is not None:
             flat[key] = value
 
-    add("", _masked("", config.model_dump(mode="json", by_alias=True)))
+    add("", without_secrets(config.model_dump(mode="json", by_alias=True)))
     return flat
 
 
-def _masked(name: str, value: Any) -> Any:
+def without_secrets(value: Any, name: str = "") -> Any:
+    """`value`, JSON, of the key `name`, with `***` for what may be secret."""
+    if value is not None and _SECRET_NAME.search(name):
+        return "***"
     if isinstance(value, dict):
-        return {key: _masked(str(key), inner) for key, inner in value.items()}
+        return {key: without_secrets(inner, str(key)) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_masked(name, inner) for inner in value]
-    if not isinstance(value, str):
-        return value
-    return "***" if _SECRET_NAME.search(name) else _QUERY_OF_URL.sub(r"\1?***", _USER_OF_URL.sub("***", value))
+        return [without_secrets(inner) for inner in value]
+    return _QUERY_OF_URL.sub(r"\1?***", _USER_OF_URL.sub("***", value)) if isinstance(value, str) else value

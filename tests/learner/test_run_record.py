@@ -6,7 +6,8 @@ import json
 import socket
 
 from rlx.config import load_config
-from rlx.learner.run_record import without_secrets, write_run_record
+from rlx.config.shown import without_secrets
+from rlx.learner.run_record import write_run_record
 
 YAML = """
 rl: grpo
