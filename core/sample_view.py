@@ -18,7 +18,7 @@ from rich.text import Text
 
 from rlx.episode import CONTEXT
 from rlx.errors import DatasetError
-from rlx.samples import DEFAULT_LIMIT, UNSAFE, Query, Reader, Sample, chosen, samples_file
+from rlx.samples import DEFAULT_LIMIT, UNSAFE, Query, Reader, Sample, chosen, samples_files
 
 _HEAD, _TAIL, _HEAD_LINES, _TAIL_LINES, _SLACK = 2600, 1400, 40, 20, 200
 _FIRST_MESSAGES, _LAST_MESSAGES = 12, 8
@@ -35,7 +35,8 @@ def samples_main(out: Path, query: Query, as_json: bool = False, full: bool = Fa
     notes = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
     shown = 0
     try:
-        reader = Reader(samples_file(out))
+        newest, *older = samples_files(out)
+        reader = Reader(newest, older)
         for sample, line in chosen(reader, query):
             shown += 1
             if as_json:

@@ -132,15 +132,28 @@ def parse_steps(text: str) -> range:
     return steps
 
 
-def samples_file(out: Path) -> Path:
-    """The samples.jsonl of an output_dir, or the file itself. ConfigError or DatasetError when there is nothing."""
+def parts(folder: Path, name: str) -> list[Path]:
+    """The files that NAME.jsonl is spread over, the oldest first: NAME.2.jsonl, NAME.1.jsonl, NAME.jsonl."""
+    older = []
+    for path in folder.glob(f"{name}.*.jsonl"):
+        if match := re.fullmatch(r"\d{1,6}", path.name[len(name) + 1 : -len(".jsonl")], re.ASCII):
+            older.append((int(match[0]), path))
+    newest = folder / f"{name}.jsonl"
+    return [path for _, path in sorted(older, reverse=True)] + ([newest] if newest.is_file() else [])
+
+
+def samples_files(out: Path) -> list[Path]:
+    """The parts of samples.jsonl in an output_dir, the newest first, or the file itself. ConfigError or DatasetError
+    when there is nothing."""
     if not out.exists():
         raise ConfigError(f"{out}: there is no such folder or file. Give the output_dir of a run.")
+    if out.is_dir() and (filled := [path for path in reversed(parts(out, "samples")) if path.stat().st_size]):
+        return filled
     path = out / "samples.jsonl" if out.is_dir() else out
     if path.is_file():
         if path.stat().st_size == 0:
             raise DatasetError(f"{path} is empty: the run has finished no step yet, or had samples_per_step: 0.")
-        return path
+        return [path]
     if not out.is_dir():
         raise ConfigError(f"{out} is not a file that can be read from its end. Give an output_dir or a samples.jsonl.")
     runs = sorted(child.name for child in out.iterdir() if (child / "samples.jsonl").is_file())
@@ -181,9 +194,11 @@ def lines_backwards(path: Path) -> Iterator[bytes]:
 
 @dataclass
 class Reader:
-    """The samples of a file, the newest first, each with its line. What was read is counted on the way."""
+    """The samples of files, the newest first, each with its line. What was read is counted on the way."""
 
     path: Path
+    older: Sequence[Path] = ()
+    """Files before it, the newest first"""
     samples: int = 0
     unrewarded: int = 0
     """Samples that match and have no reward to be the best or worst by."""
@@ -195,7 +210,8 @@ class Reader:
     rewards: set[str] = field(default_factory=set)
 
     def __iter__(self) -> Iterator[tuple[Sample, bytes]]:
-        for place, line in enumerate(lines_backwards(self.path)):
+        lines = (line for path in (self.path, *self.older) for line in lines_backwards(path))
+        for place, line in enumerate(lines):
             if not line.strip():
                 continue
             try:

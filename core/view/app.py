@@ -56,7 +56,7 @@ def view_app(runs: Sequence[Run]) -> FastAPI:
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.include_router(view_router(runs))
     app.add_middleware(GZipMiddleware, minimum_size=10_000, compresslevel=4)
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]"])
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
     return app
 
 

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from rlx.errors import ConfigError
+from rlx.samples import parts
 from rlx.view.choose import Samples, Table
 from rlx.view.curves import Curves
 from rlx.view.sample_files import SampleFiles
 from rlx.view.state import History, Seen
-from rlx.view.tail import Tail, parts
+from rlx.view.tail import Tail
 
 _MAX_EVENTS = 2_000
 _NAMES = ("metrics", "samples", "evals", "events")

@@ -67,9 +67,11 @@ class LiveRun(Samples):
 
     def history(self) -> History:
         workers = None if self.workers is None else self.workers()
+        notes = [] if self._curves.count else ["no learner has told of a step yet"]
         return History(
-            self._generation, self._run, self._curves, self._evaluations, self._events, self._num_events, True, workers
-        )
+            self._generation, self._run, self._curves, self._evaluations, self._events, self._num_events, True, workers,
+            notes,
+        )  # fmt: skip
 
     def since(self, seen: Seen) -> dict[str, Any]:
         """What is new, as JSON."""

@@ -16,8 +16,9 @@ from typing import Any, BinaryIO
 import numpy as np
 from pydantic import BaseModel, ValidationError
 
+from rlx.samples import parts
 from rlx.view.choose import Samples, Table, group_number, reward_of, status_number
-from rlx.view.tail import LONGEST_LINE, Followed, inode_of, parsed, parts
+from rlx.view.tail import LONGEST_LINE, Followed, inode_of, parsed
 
 _OFFSET_BITS = 44
 _BLOCK = 1 << 20

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -12,19 +11,11 @@ from typing import Any, BinaryIO
 
 from pydantic_core import from_json
 
+from rlx.samples import parts
+
 _MARK = 256
 """Bytes before an offset that must still be there for the file to be the same."""
 LONGEST_LINE = 64 << 20
-
-
-def parts(folder: Path, name: str) -> list[Path]:
-    """The files of `name`, the oldest first: NAME.2.jsonl, NAME.1.jsonl, NAME.jsonl."""
-    numbered = []
-    for path in folder.glob(f"{name}.*.jsonl"):
-        if match := re.fullmatch(r"(\d{1,6})", path.name[len(name) + 1 : -len(".jsonl")]):
-            numbered.append((int(match[1]), path))
-    newest = folder / f"{name}.jsonl"
-    return [path for _, path in sorted(numbered, reverse=True)] + ([newest] if newest.is_file() else [])
 
 
 @dataclass

@@ -190,6 +190,19 @@ def test_what_is_not_there_is_one_line(tmp_path: Path):
         samples_main(Path("/dev/null"), Query())
 
 
+def test_older_parts_are_read_after_the_newest(write: Callable[..., Path], capsys: pytest.CaptureFixture[str]):
+    folder = write(*[record(step) for step in (1, 2)])
+    (folder / "samples.jsonl").rename(folder / "samples.2.jsonl")
+    write(record(3))
+    (folder / "samples.jsonl").rename(folder / "samples.1.jsonl")
+    write(record(4))
+    for newest in (4, 3):  # at last just after a rotation
+        assert samples_main(folder, Query(), as_json=True) == 0
+        shown = [json.loads(line)["step"] for line in capsys.readouterr().out.splitlines()]
+        assert shown == list(range(newest, 0, -1))
+        (folder / "samples.jsonl").write_text("")
+
+
 def test_the_file_can_be_named_itself(write: Callable[..., Path], capsys: pytest.CaptureFixture[str]):
     assert samples_main(write(record(3)) / "samples.jsonl", Query()) == 0
     assert "step 3" in capsys.readouterr().out

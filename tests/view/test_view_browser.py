@@ -201,10 +201,14 @@ def test_it_survives_a_service_that_goes_away_and_goes_on_when_it_is_back(page: 
     server.stop()
     see(page.locator("#trouble"), "No answer since")
     see(page.locator("#runs"), "step 1 of 9")
-    run.add({"metrics": [metric(2, 0.75)]})
+    page.click("#tab-samples")
+    run.add({"metrics": [metric(2, 0.75)], "samples": [sample(1, "fresh")]})
     server.start()
     see(page.locator("#runs"), "step 2 of 9")
     expect(page.locator("#trouble")).to_be_hidden(timeout=_TIMEOUT_MS)
+    page.click("text=Show newer samples")
+    see(page.locator("#samples .item"), "fresh")
+    page.click("#tab-overview")
     see(page.locator(".chart").first, "0.75")
 
 

@@ -93,6 +93,7 @@ async function main() {
     drawHead(stores);
     if (fresh || !drawn) { overview.draw(); drawEvents(stores); drawn = stores.every((each) => each.generation); }
     else overview.drawWorkers();
+    browser.wentOn();
     if (!browser.loaded && !byId("samples").hidden) { browser.loaded = true; browser.load(true); }
   };
   runs.forEach((run, i) => { const store = new RunStore(i, draw, tell); store.run = { name: run.name }; stores.push(store); });

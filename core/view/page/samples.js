@@ -14,9 +14,11 @@ export class SampleBrowser {
     this.list = el("div", { className: "list", role: "list" });
     this.more = el("button", { className: "button", type: "button", hidden: true }, "Show more");
     this.details = el("div", { className: "details" }, el("p", { className: "empty" }, "Choose a sample to read it."));
+    this.newer = el("button", { className: "button", type: "button", hidden: true }, "Show newer samples");
+    this.newer.addEventListener("click", () => this.load(true));
     this.more.addEventListener("click", () => this.load(false));
     this.list.addEventListener("keydown", (event) => this.key(event));
-    root.append(this.form, this.counted, el("div", { className: "browser" }, el("div", {}, this.list, this.more), this.details));
+    root.append(this.form, this.counted, el("div", { className: "browser" }, el("div", {}, this.newer, this.list, this.more), this.details));
   }
 
   filters() {
@@ -36,13 +38,19 @@ export class SampleBrowser {
     return form;
   }
 
+  /** The run went on: what is listed is not the newest any more. */
+  wentOn() {
+    const step = this.stores[this.place].run.step;
+    this.newer.hidden = this.loadedAt === undefined || step === this.loadedAt;
+  }
+
   /** First page (`anew`), or the next. Goes on by itself while the server still looks. */
   async load(anew) {
     this.request?.abort();
     const request = (this.request = new AbortController());
     const query = Object.fromEntries(new FormData(this.form));
     this.place = Number(query.run || 0);
-    if (anew) { this.next = null; this.seen = new Set(); }
+    if (anew) { this.next = null; this.seen = new Set(); this.loadedAt = this.stores[this.place].run.step; this.newer.hidden = true; }
     let found = 0, cleaned = !anew;
     try {
       for (;;) {
