@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from rlx.errors import ConfigError, DatasetError
-from rlx.view.tail import parts
+from rlx.samples import parts
 
 _STEP = re.compile(rb'\{"step": ?(\d+),')
 _ROUNDING_S = 5e-4

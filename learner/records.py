@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from rlx.errors import RlxError
-from rlx.view.tail import parts
+from rlx.samples import parts
 
 PARTS = 4
 """Files that a name is spread over at most, each a quarter of the bytes that are allowed."""
