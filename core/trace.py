@@ -179,16 +179,24 @@ def _rank(spans: list[Span]) -> Any:
 
 def _complete(span: Span, pid: int, tid: int, begin: float) -> dict[str, Any]:
     args = {"step": span.step} | {name: value for name, value in span.args.items() if name != "turns"}
-    seconds = max(0.0, span.end - span.start)
-    return {"ph": "X", "name": span.name, "cat": span.track, "pid": pid, "tid": tid, "ts": _us(span.start - begin),
-            "dur": _us(seconds), "args": args}  # fmt: skip
+    start, end = _us(span.start - begin), _us(max(span.start, span.end) - begin)
+    return {
+        "ph": "X",
+        "name": span.name,
+        "cat": span.track,
+        "pid": pid,
+        "tid": tid,
+        "ts": start,
+        "dur": end - start,
+        "args": args,
+    }
 
 
 def _turns(span: Span, episode: dict[str, Any], begin: float) -> Iterator[dict[str, Any]]:
     """What an episode waited for: each turn from its request on; the gaps are the environment's and the user's code."""
+    whole = _us(span.start - begin), _us(span.end - begin)
     for number, (start, end) in enumerate(span.args.get("turns", ())):
-        first = max(_us(start - begin), episode["ts"])
-        last = min(_us(end - begin), episode["ts"] + episode["dur"])
+        first, last = max(_us(start - begin), whole[0]), min(_us(end - begin), whole[1])
         if last >= first:
             yield episode | {"name": f"turn {number}", "ts": first, "dur": last - first, "args": {}}
 
@@ -208,5 +216,6 @@ def _meta(kind: str, pid: int, tid: int, **args: Any) -> dict[str, Any]:
     return {"ph": "M", "name": kind, "pid": pid, "tid": tid, "args": args}
 
 
-def _us(seconds: float) -> float:
-    return round(1e6 * seconds, 3)
+def _us(seconds: float) -> int:
+    """Whole microseconds: viewers read fractions as floats, and drop what then seems to overlap."""
+    return round(1e6 * seconds)

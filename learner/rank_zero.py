@@ -1,12 +1,17 @@
 """What only rank 0 has: the run's files, its journal, the terminal, and the rollouts.
 
-Rollouts or Replay ─► Journal ─► RunFiles ─► Observer ─► the gateway
+Rollouts or Replay ─► Journal ─► RunFiles ─┬─► Observer ─► the gateway
+                                           ├─► Trackers
+                                           └─► SpanExport ─► a collector
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -31,6 +36,9 @@ from rlx.learner.trackers import Trackers
 from rlx.learner.trainer import GRPOTrainer
 from rlx.rollout.auth import service_token
 from rlx.rollout.client import RolloutClient
+
+if TYPE_CHECKING:
+    from rlx.learner.otel import SpanExport
 
 
 def jobs_for_rank_zero(job: Job, model: nn.Module) -> list[Callable[[], object]]:
@@ -70,6 +78,9 @@ class RankZero:
         self.progress = ProgressReport(job.console, self.files, None if client is None else client.list_workers)
         self.trackers = Trackers(config, job.resume.step if job.resume else None, job.console)
         self.files.listeners.append(self.trackers.record)
+        self.export = _span_export(job)
+        if self.export is not None:
+            self.files.listeners.append(self.export.record)
         self.callbacks = [self.trackers, self.progress]
         if client is not None:
             recorder = Recorder(self.files.output_dir, codec, first) if config.record_rollouts else None
@@ -129,5 +140,29 @@ class RankZero:
         if self.observer is not None:
             self.observer.close()
             self.files.flush()  # what it heard last
+        if self.export is not None:
+            self.export.close()
         self.trackers.close(failed)
         self.rollouts.close()
+
+
+def _span_export(job: Job) -> SpanExport | None:
+    """Nothing is imported where the environment asks for no traces."""
+    if not wants_traces(os.environ):
+        return None
+    try:
+        from rlx.learner.otel import SpanExport, otlp_exporter
+    except ImportError as error:
+        job.say(f"note: the environment asks for OpenTelemetry traces, but {error}: pip install opentelemetry-sdk "
+                "opentelemetry-exporter-otlp")  # fmt: skip
+        return None
+    return SpanExport(f"{job.config.path.stem}/{time.time()}", otlp_exporter(job.say))
+
+
+def wants_traces(environ: Mapping[str, str]) -> bool:
+    """By OpenTelemetry's variables."""
+    exporters = environ.get("OTEL_TRACES_EXPORTER", "")
+    if environ.get("OTEL_SDK_DISABLED", "").lower() == "true" or exporters == "none":
+        return False
+    endpoints = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+    return "otlp" in exporters.split(",") or any(environ.get(name) for name in endpoints)
