@@ -134,12 +134,9 @@ class Journal:
         now = time.monotonic()
         self._sink.spans(lambda: self._group_spans(step, groups, now))
         self._look_for_failures(step, [arrived.group for arrived in groups])
-        parts = {
-            f"{tally.put_back} groups came to nothing and are sampled again": tally.put_back,
-            f"{tally.filtered} groups had no spread in their rewards": tally.filtered,
-            f"{tally.discarded_tokens} tokens are not trained": tally.discarded_tokens,
-        }
-        if said := [text for text, count in parts.items() if count]:
+        counts = {"groups sampled again": tally.put_back, "groups without spread in their rewards": tally.filtered,
+                  "tokens not trained": tally.discarded_tokens}  # fmt: skip
+        if said := [f"{what}: {count}" for what, count in counts.items() if count]:
             self.event("discard", f"step {step}: {', '.join(said)}", step, requeued=tally.put_back,
                        filtered=tally.filtered, tokens=tally.discarded_tokens)  # fmt: skip
 

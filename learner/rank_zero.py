@@ -153,8 +153,7 @@ def _span_export(job: Job) -> SpanExport | None:
     try:
         from rlx.learner.otel import SpanExport, otlp_exporter
     except ImportError as error:
-        job.say(f"note: the environment asks for OpenTelemetry traces, but {error}: pip install opentelemetry-sdk "
-                "opentelemetry-exporter-otlp")  # fmt: skip
+        job.say(f"note: the environment asks for OpenTelemetry traces, but {error}: pip install 'rlx[otel]'")
         return None
     return SpanExport(f"{job.config.path.stem}/{time.time()}", otlp_exporter(job.say))
 
