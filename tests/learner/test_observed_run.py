@@ -42,7 +42,6 @@ def test_a_run_leaves_its_events_and_spans_and_the_gateway_shows_it(
     last = lines(out / "events.jsonl")[-1]
     assert "ZeroDivisionError" in last["text"]
     assert "traceback" not in last
-    assert any(event["source"] == "service" for event in lines(out / "events.jsonl"))
     spans = read_spans(out, range(2, 3))
     assert {(s.process, s.name) for s in spans} >= {
         ("learner rank 0", "forward and backward"), ("learner rank 0", "optimizer"), ("learner rank 0", "publish"),
