@@ -1,0 +1,39 @@
+"""What a learner process says of its end."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from rlx.learner import process
+
+
+@pytest.fixture
+def one_process(tmp_path, monkeypatch):
+    path = tmp_path / "cfg.yaml"
+    path.write_text(f"base_model: x\nrl: grpo\ndatasets:\n  - path: a\noutput_dir: {tmp_path / 'out'}\n")
+    monkeypatch.setattr("sys.argv", ["process", "1", str(path)])
+    monkeypatch.setattr(process, "die_with_parent", lambda: None)
+
+    def end_with(error: BaseException) -> int:
+        def train(config, num_processes):
+            raise error
+
+        monkeypatch.setattr("rlx.learner.main.train", train)
+        return process.main()
+
+    return end_with
+
+
+def test_a_lost_peer_is_a_line_and_a_defect_a_traceback(one_process, capsys):
+    gone = "[pair.cc:537] gloo Read error [127.0.0.1]:32166: Connection reset by peer. GLHF!"
+    assert one_process(RuntimeError(gone)) == 1
+    assert capsys.readouterr().err == "learner process 0 lost the connection to another one\n"
+    assert one_process(RuntimeError("shapes do not fit")) == 1
+    assert re.search(r"(?s)^Traceback .*RuntimeError: shapes do not fit\n$", capsys.readouterr().err)
+
+
+def test_ctrl_c_is_quiet(one_process, capsys):
+    assert one_process(KeyboardInterrupt()) == 130
+    assert capsys.readouterr().err == ""

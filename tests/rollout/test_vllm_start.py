@@ -1,0 +1,21 @@
+"""What is said of a process of vLLM that failed."""
+
+from __future__ import annotations
+
+import json
+
+from rlx.rollout.vllm_start import ENDED, first_cause
+
+
+class EngineDeadError(Exception):
+    """As vLLM's, which points to a stack trace that nobody sees."""
+
+
+def test_a_dead_engine_is_told_with_its_first_exception_or_with_what_may_have_ended_it(tmp_path):
+    error = EngineDeadError("EngineCore encountered an issue. See stack trace (above) for the root cause.")
+    causes = tmp_path / "causes"
+    causes.touch()
+    assert first_cause(causes, error) == ENDED
+    causes.write_text(json.dumps(["MemoryError", "no room"]) + "\n")
+    assert first_cause(causes, error) == "MemoryError: no room"
+    assert first_cause(None, ValueError("seen here")) == "ValueError: seen here"
