@@ -9,6 +9,7 @@ import torch
 from fake_service import config_for, lines, serve, write_run
 from safetensors.torch import load_file
 from torch import nn
+from trl.trainer.callbacks import SyncRefModelCallback
 
 from rlx.learner.main import train
 from rlx.learner.reference import load_reference, mix_into, save_reference
@@ -26,6 +27,11 @@ def test_the_reference_moves_by_its_share_of_the_way(tmp_path: Path) -> None:
     mix_into(reference, policy, 0.25)
     assert reference.weight.tolist() == [[0.25, 7.5]]
     assert policy.weight.tolist() == [[1.0, 0.0]]
+    by_trl = nn.Linear(2, 1, bias=False)
+    with torch.no_grad():
+        by_trl.weight.copy_(torch.tensor([[0.0, 10.0]]))
+    SyncRefModelCallback._sync_target_model(policy, by_trl, 0.25)
+    assert by_trl.weight.tolist() == reference.weight.tolist()
     save_reference(reference, tmp_path, is_first=True)
     load_reference(policy, tmp_path)
     assert policy.weight.tolist() == [[0.25, 7.5]]

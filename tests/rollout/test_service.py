@@ -29,7 +29,7 @@ from rlx.errors import (
     UserCodeError,
 )
 from rlx.rollout.groups import GroupStore, KeyConflict
-from rlx.wire import Completion, WireError
+from rlx.wire import Completion, GroupResult, WireError
 
 
 async def publish(service, version, data, sent=None):
@@ -362,7 +362,7 @@ async def test_a_stream_that_nobody_reads_frees_its_worker():
         (lambda c: [replace(c, logprobs=c.logprobs[:2])] * 2, "3 token ids with 2 log-prob"),
         (lambda c: [replace(c, versions=((0, 2),))] * 2, "do not partition"),
         (lambda c: [replace(c, ids=c.ids.astype(np.int64) + 2**31)] * 2, "int32"),
-        (lambda c: [replace(c, logprobs=c.logprobs * np.nan)] * 2, "not a finite"),
+        (lambda c: [replace(c, logprobs=c.logprobs * 0 + 1)] * 2, "is above 0"),
         (lambda c: [replace(c, finish_reason="abort")] * 2, "abort"),
     ],
 )
@@ -374,6 +374,17 @@ async def test_an_engine_that_breaks_the_contract_is_named(broken, message):
     async with started(make_service([Broken("w-3")])) as service:
         with pytest.raises(ServiceError, match=f"w-3.*{message}"):
             await service.rollout(group())
+
+
+async def test_a_log_probability_that_is_no_number_reaches_the_learner_which_leaves_it_out():
+    class Broken(LocalWorker):
+        async def generate(self, *args) -> list[Completion]:
+            good, bad = await super().generate(*args)
+            return [good, replace(bad, logprobs=bad.logprobs * np.nan)]
+
+    async with started(make_service([Broken()])) as service:
+        result = GroupResult.decode((await service.rollout(group())).encode())
+    assert [np.isnan(e.rows[0].logprobs).all() for e in result.episodes] == [False, True]
 
 
 # --- start and stop ---
