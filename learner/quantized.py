@@ -6,7 +6,6 @@ Only linear layers between embedding and head are quantised; the rest is float32
 from __future__ import annotations
 
 import copy
-import logging
 from importlib.util import find_spec
 
 import torch
@@ -31,8 +30,6 @@ def quantization(config: Config) -> BitsAndBytesConfig | None:
     if config.adapter != "qlora":
         return None
     check_installed(config)
-    # On a CPU it would advise to download faster kernels from the hub.
-    logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)
     kwargs = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True} | config.bnb_config_kwargs
     in_bf16 = torch.cuda.is_available() if config.bf16 == "auto" else config.bf16
     return BitsAndBytesConfig(
