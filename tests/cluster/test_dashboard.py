@@ -10,17 +10,19 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any, ClassVar
 
+import httpx
 import pytest
 import yaml
 from fakes import write_config
 
-from rlx.cluster import dashboard, panels, ray_metrics
+from rlx.cluster import dashboard, panels, ray_metrics, ray_routes, reservation
 from rlx.cluster.dashboard import dashboard_main, write_monitoring
 from rlx.cluster.panels import DASHBOARDS
 from rlx.cluster.ray_metrics import RayMetrics
 from rlx.cluster.ray_runtime import RayRuntime
+from rlx.cluster.reservation import Reservation
 from rlx.config import Config
-from rlx.errors import ConfigError, ServiceUnavailable
+from rlx.errors import ConfigError, ServiceError, ServiceUnavailable
 from rlx.processes import free_port
 from rlx.series import BY_NAME, CATALOGUE, Reading
 
@@ -122,6 +124,45 @@ def test_rays_dashboard_is_not_served_to_other_machines_without_its_token(host, 
     config = write_config(tmp_path, f"cluster: {{dashboard_host: {host}}}")
     with pytest.raises(ConfigError, match=f"cluster.dashboard_host: {host} can be reached from other machines"):
         RayRuntime(config).start()
+
+
+@pytest.mark.parametrize("answer", [httpx.Response(200, json={"authentication_mode": "disabled"}), httpx.Response(404)])
+def test_a_ray_that_knows_no_token_is_not_left_open_to_other_machines(answer, tmp_path, monkeypatch):
+    runtime = RayRuntime(write_config(tmp_path, "cluster: {dashboard_host: 0.0.0.0}"))
+    stopped: list[bool] = []
+    monkeypatch.setattr(httpx, "get", lambda url, timeout: answer)
+    monkeypatch.setattr(runtime, "stop", lambda: stopped.append(True))
+    with pytest.raises(ServiceError, match=r"does not ask for a token.*write 127\.0\.0\.1"):
+        runtime._require_token()
+    assert stopped == [True]
+
+
+def test_prometheus_hears_of_rays_endpoints_from_rays_file_or_from_its_nodes(tmp_path, monkeypatch):
+    session = tmp_path / "session"
+    nodes = [
+        {"Alive": alive, "NodeManagerAddress": f"10.0.0.{i}", "MetricsExportPort": 9000 + i}
+        for i, alive in enumerate((True, False, True))
+    ]
+    monkeypatch.setattr(ray_routes.ray, "nodes", lambda: nodes)
+    assert ray_routes.ray_targets("") == []
+    assert ray_routes.ray_targets(str(session)) == [
+        {"labels": {"job": "ray"}, "targets": ["10.0.0.0:9000", "10.0.0.2:9002"]}
+    ]
+    told = [{"labels": {"job": "ray"}, "targets": ["10.0.0.9:1"]}]
+    (tmp_path / "prom_metrics_service_discovery.json").write_text(json.dumps(told))
+    assert ray_routes.ray_targets(str(session)) == told
+
+
+def test_a_placement_group_has_a_name_and_another_one_when_it_is_asked_for_anew(monkeypatch):
+    names: list[str] = []
+    monkeypatch.setattr(reservation, "placement_group", lambda bundles, name: names.append(name) or name)
+    monkeypatch.setattr(reservation, "remove_placement_group", lambda group: None)
+    devices = Reservation({"CPU": 1}, "rlx-engine-3")
+    for _ in range(2):
+        devices.ask()
+        devices.ask()
+        devices.release()
+    assert names == ["rlx-engine-3", "rlx-engine-3.1"]
 
 
 class FakeMetric:

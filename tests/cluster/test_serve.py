@@ -98,6 +98,8 @@ QUERIES = [
     for panel in board.panels
     for query in panel.queries
 ]
+GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "monitoring.md"
+QUERIES += re.findall(r"`([^`]+)`", re.findall(r"\| question \| queries \|\n((?:\|.*\n)+)", GUIDE.read_text())[0])
 MOVING = {
     "rlx_groups_total", "rlx_generation_seconds_total", "rlx_scoring_seconds_total", "rlx_weight_updates_total",
     "rlx_weight_version", "rlx_worker_weight_version", "rlx_worker_generated_tokens_total",
