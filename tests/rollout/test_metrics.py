@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -12,17 +13,21 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from service_parts import TOKEN, LocalWorker, eventually, group, make_service, on_http, started, weights
 
+from rlx.config.sections import ServiceSection
 from rlx.rollout.service import RolloutService
+from rlx.rollout.worker import EngineLoad, WorkerStatus
 from rlx.series import CATALOGUE, MAX_FUNCTIONS, learner_readings
 
 BEARER = {"authorization": f"Bearer {TOKEN}"}
 RECORD = {series.key.format(function="f.a", outcome="ok"): 1.5 for series in CATALOGUE if series.key}
 EVALUATION = {"step": 3, "reward": 0.75}
+CALM = ServiceSection(group_timeout=60, publish_timeout=60, probe_interval=120, probe_timeout=60, drain_timeout=1)
+PATIENCE_S = 60.0
 
 
 @asynccontextmanager
 async def running(*workers: LocalWorker, **options: Any) -> AsyncIterator[tuple[RolloutService, httpx.AsyncClient]]:
-    service = make_service(list(workers) or [LocalWorker()])
+    service = make_service(list(workers) or [LocalWorker()], settings=CALM)
     async with (
         started(service),
         on_http(service, **options) as url,
@@ -70,8 +75,8 @@ async def test_what_is_measured_moves_with_the_service():
     async with running(worker) as (service, client):
         before = await scrape(client)
         worker.open.clear()
-        ends = [asyncio.create_task(service.rollout(group(f"g-{i}", n=4))) for i in range(2)]
-        await eventually(lambda: len(worker.generated) == 2)
+        ends = [asyncio.create_task(service.rollout(group(f"g-{i}", n=4, deadline_s=PATIENCE_S))) for i in range(2)]
+        await eventually(lambda: len(worker.generated) == 2, PATIENCE_S)
         during = await scrape(client)
         worker.open.set()
         await asyncio.gather(*ends)
@@ -91,8 +96,8 @@ async def test_groups_that_wait_for_a_worker_show_in_the_queue_and_cancelled_one
     async with running(worker) as (service, client):
         worker.open.clear()
         service.router.limit(service.fleet.members[0]).sequences = 2
-        ends = [asyncio.create_task(service.rollout(group(f"g-{i}"))) for i in range(3)]
-        await eventually(lambda: service.router.waiting == 2)
+        ends = [asyncio.create_task(service.rollout(group(f"g-{i}", deadline_s=PATIENCE_S))) for i in range(3)]
+        await eventually(lambda: service.router.waiting == 2, PATIENCE_S)
         waiting = await scrape(client)
         service.cancel([f"g-{i}" for i in range(3)])
         await asyncio.gather(*ends, return_exceptions=True)
@@ -103,11 +108,27 @@ async def test_groups_that_wait_for_a_worker_show_in_the_queue_and_cancelled_one
     assert after["rlx_groups_total", "cancelled"] == 3
 
 
+class CountingWorker(LocalWorker):
+    """Has generated as many tokens as it was asked for groups."""
+
+    async def status(self) -> WorkerStatus:
+        return replace(await super().status(), load=EngineLoad(generated_tokens=len(self.generated)))
+
+
+async def test_the_load_of_a_worker_is_known_soon_after_a_group_that_was_over_at_once():
+    worker = CountingWorker()
+    async with running(worker) as (service, client):
+        await service.rollout(group(deadline_s=PATIENCE_S))
+        await eventually(lambda: service.fleet.members[0].load.generated_tokens == 1, PATIENCE_S)
+        found = await scrape(client)
+    assert found["rlx_worker_generated_tokens_total", "worker-0"] == 1
+
+
 async def test_a_worker_that_dies_and_returns_is_counted_and_told_to_the_learner():
     async with running() as (service, client):
         first = await tell(client, after=0)
         service.fleet.mark_down(service.fleet.members[0], "killed")
-        await eventually(lambda: service.fleet.events.counts["worker_started"] == 1)
+        await eventually(lambda: service.fleet.events.counts["worker_started"] == 1, PATIENCE_S)
         told = await tell(client, after=first["next"])
         found = await scrape(client)
     assert [event["kind"] for event in told["events"]] == ["worker_down", "worker_restarted", "worker_started"]
