@@ -65,7 +65,7 @@ async def test_every_series_of_the_catalogue_is_there_once_it_has_a_value():
 
         await service.weights.receive(1, bytes_of())
         await service.weights.commit(1)
-        await service.rollout(group())
+        await service.rollout(group(deadline_s=PATIENCE_S))
         await tell(client, metrics=[RECORD], evaluations=[EVALUATION])
         assert {name for name, *_ in await scrape(client)} == {series.name for series in CATALOGUE}
 
