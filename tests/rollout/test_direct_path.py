@@ -101,6 +101,7 @@ async def test_groups_are_spread_scored_by_the_workers_and_their_leases_end_with
         assert {r.rewards[0].name for r in results} == {"rewards.position"}
         assert sorted(s.workers[0].generated + s.workers[1].generated) == sorted(f"g{i}" for i in range(20))
         await eventually(lambda: s.charged == 0 and len(s.leases) == 0)
+        assert s.service.groups.outcomes == {"ok": 20, "failed": 0, "cancelled": 0}
 
 
 async def test_a_key_keeps_its_worker_until_that_is_down():

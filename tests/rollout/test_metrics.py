@@ -21,7 +21,7 @@ from rlx.series import CATALOGUE, MAX_FUNCTIONS, learner_readings
 BEARER = {"authorization": f"Bearer {TOKEN}"}
 RECORD = {series.key.format(function="f.a", outcome="ok"): 1.5 for series in CATALOGUE if series.key}
 EVALUATION = {"step": 3, "reward": 0.75}
-CALM = ServiceSection(group_timeout=60, publish_timeout=60, probe_interval=120, probe_timeout=60, drain_timeout=1)
+CALM = ServiceSection(group_timeout=60, publish_timeout=60, probe_interval=3600, probe_timeout=60, drain_timeout=1)
 PATIENCE_S = 60.0
 
 
