@@ -91,8 +91,15 @@ async def test_what_is_measured_moves_with_the_service():
     assert after["rlx_generation_seconds_total",] > 0
 
 
+class FullWorker(LocalWorker):
+    """Its limit does not grow: something waits in its engine."""
+
+    async def status(self) -> WorkerStatus:
+        return replace(await super().status(), load=EngineLoad(waiting=1))
+
+
 async def test_groups_that_wait_for_a_worker_show_in_the_queue_and_cancelled_ones_in_the_outcomes():
-    worker = LocalWorker()
+    worker = FullWorker()
     async with running(worker) as (service, client):
         worker.open.clear()
         service.router.limit(service.fleet.members[0]).sequences = 2
