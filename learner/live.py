@@ -37,7 +37,7 @@ _HISTORY = 400
 SERVICE_LOG = "RLX_SERVICE_LOG"
 """Environment: where `rlx run` writes what its service says; its warnings are shown here, so that two processes do not
 write to one terminal."""
-_SHOWN_OF_SERVICE = ("warning: ", "worker ")
+_WARNING = "warning: "
 
 
 class LiveView:
@@ -54,7 +54,7 @@ class LiveView:
         self._workers, self._service_log, self._service_is_up = workers, service_log, False
         self._rewards: list[float] = []
         self._measures, self._time, self._bound, self._fleet = "", "waiting for the first step", "", ""
-        self._events: list[tuple[str, str]] = []
+        self._events: list[tuple[str, str, str]] = []
         self._told: set[str] = set()
         self._over = threading.Event()
         self._live = Live(console=console, refresh_per_second=_REFRESHES_PER_S, get_renderable=lambda: self)
@@ -74,11 +74,13 @@ class LiveView:
         self._rewards = [*self._rewards[-_HISTORY:], reward]
         self._measures, self._time, self._bound = measures, time_split, bottleneck
 
-    def tell(self, text: str) -> None:
-        """An event, shown until others push it out; the same text once."""
+    def tell(self, text: str, instead_of: str = "") -> None:
+        """An event, shown until others push it out; the same text once. It takes the place of one that was told with the
+        same `instead_of`."""
         if text not in self._told:
             self._told.add(text)
-            self._events = [*self._events[1 - _EVENTS :], (time.strftime("%H:%M:%S"), text)]
+            others = [event for event in self._events if not instead_of or event[2] != instead_of]
+            self._events = [*others[1 - _EVENTS :], (time.strftime("%H:%M:%S"), text, instead_of)]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         width, height = options.max_width, console.size.height
@@ -109,7 +111,7 @@ class LiveView:
             _line("bound", self._bound),
             _line("workers", self._fleet),
         ]
-        lines += [_line(at, text, "yellow") for at, text in self._events]
+        lines += [_line(at, text, "yellow") for at, text, _ in self._events]
         return lines + [Text("") for _ in range(_EVENTS - len(self._events))]
 
     def _look(self) -> None:
@@ -129,7 +131,7 @@ class LiveView:
             said = stream.read()
         whole = said.rfind(b"\n") + 1
         for line in said[:whole].decode(errors="replace").splitlines():
-            if self._service_is_up and line.startswith(_SHOWN_OF_SERVICE):
+            if self._service_is_up and line.startswith(_WARNING):
                 self.tell(line)
             self._service_is_up |= line.startswith("ready: ")
         return place + whole
@@ -152,8 +154,8 @@ def _fleet_line(workers: Callable[[], Sequence[Mapping[str, Any]]]) -> str:
         return f"the service does not answer: {error}"
     ready = [status for status in statuses if status["state"] == "ready"]
     others = [f"{status['name']} {status['state']}" for status in statuses if status["state"] != "ready"]
-    version = max((status["weight_version"] for status in ready), default=0)
-    return ", ".join([f"{len(ready)}/{len(statuses)} ready", f"weights {version}", *others])
+    weights = [f"weights {max(status['weight_version'] for status in ready)}"] if ready else []
+    return ", ".join([f"{len(ready)}/{len(statuses)} ready", *weights, *others])
 
 
 def _line(label: str, text: str, style: str = "") -> Text:

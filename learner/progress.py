@@ -67,7 +67,7 @@ class ProgressReport(TrainerCallback):
 
     def _tell(self, kind: str, record: Mapping[str, Any]) -> None:
         if self._live is not None and kind == "events" and record["kind"].startswith(("worker_", *_NEWS)):
-            self._live.tell(record["text"])
+            self._live.tell(record["text"], "checkpoint" if record["kind"] == "checkpoint" else "")
 
 
 _NOT_EXACT = "The rollout function returned other tokens or text than it sampled (docs/guides/rollouts.md)."

@@ -102,7 +102,9 @@ def json_object(body: bytes) -> dict[str, Any]:
 
 
 def field(body: dict[str, Any], name: str, kind: type[T]) -> T:
-    value = body.get(name)
+    if name not in body:
+        raise WireError(f"the field {name!r} is missing, a {kind.__name__}")
+    value = body[name]
     if not isinstance(value, kind) or isinstance(value, bool):
         raise WireError(f"{name!r} must be a {kind.__name__}, got {value!r:.100}")
     return value

@@ -22,7 +22,7 @@ from rlx.errors import (
 from rlx.rollout.manifest import check_adapter, check_file, check_manifest, checkpoint_specs
 from rlx.rollout.vllm_load import LoadMeter
 from rlx.rollout.vllm_params import VllmOptions, engine_args, prompt_logprobs_params, sampling_params
-from rlx.rollout.vllm_start import first_cause, forget_environment, prepare_environment
+from rlx.rollout.vllm_start import first_cause, forget_environment, prepare_environment, reason
 from rlx.rollout.vllm_update import adapter_from_file, join_nccl, stage_file, update_from_file, update_over_nccl
 from rlx.rollout.vllm_versions import TokenVersions
 from rlx.rollout.worker import EngineLoad, Taken
@@ -258,7 +258,9 @@ class VllmEngine:
                 f"weights {manifest.version} were not read within {self._options.sync_timeout_s:.0f} s"
             ) from None
         except Exception as error:  # vLLM raises a bare Exception for whatever failed in its worker
-            raise WeightSyncError(f"weights {manifest.version} could not be read: {error}") from error
+            raise WeightSyncError(
+                f"weights {manifest.version} could not be read: {reason(self._causes, error)}"
+            ) from error
 
     async def _swap_in_time(self, manifest: WeightManifest, path: str) -> Taken:
         try:
@@ -301,7 +303,7 @@ class VllmEngine:
             load = update_from_file if self._options.lora_rank is None else adapter_from_file
             reports = await load(self._llm, manifest, path)
         except Exception as error:  # vLLM raises a bare Exception for whatever failed in its worker
-            self._broken = f"loading weights {manifest.version} failed half-way: {error}"
+            self._broken = f"loading weights {manifest.version} failed half-way: {reason(self._causes, error)}"
             raise WeightSyncError(self._broken) from error
         if all(r["applied"] for r in reports):
             if self._options.lora_rank is not None:

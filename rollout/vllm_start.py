@@ -117,9 +117,18 @@ def first_cause(causes: Path | None, error: BaseException) -> str:
         return f"{kind}: {message}"
     while error.__cause__ is not None:
         error = error.__cause__
-    if type(error).__name__ == "EngineDeadError":  # it points to a stack trace that there is not
+    if _is_dead(error):
         return ENDED
     return f"{type(error).__name__}: {error}"
+
+
+def reason(causes: Path | None, error: Exception) -> str:
+    """What `error`, which the host saw, says; of an engine that died, what it died of."""
+    return f"its engine process died: {first_cause(causes, error)}" if _is_dead(error) else str(error)
+
+
+def _is_dead(error: BaseException) -> bool:
+    return type(error).__name__ == "EngineDeadError"  # vLLM's; it points to a stack trace that there is not
 
 
 @functools.cache

@@ -71,6 +71,18 @@ def test_the_view_shows_progress_time_left_rewards_and_events_each_once() -> Non
     assert [line[12:].rstrip() for line in lines[5:]] == ["worker a: restarting", "worker a: ready", ""]
 
 
+def test_a_checkpoint_takes_the_place_of_the_one_before() -> None:
+    live, console = view(100)
+    for step in (5, 10, 15):
+        live.tell(f"checkpoint-{step} is complete", "checkpoint")
+        live.tell("worker a: down")
+    assert [line[12:].rstrip() for line in shown(live, console)[5:]] == [
+        "worker a: down",
+        "checkpoint-15 is complete",
+        "",
+    ]
+
+
 def test_a_low_terminal_gets_the_first_lines_only() -> None:
     assert [line[:6] for line in shown(*view(80, height=4))] == ["step 3", "reward"]
 
@@ -114,19 +126,20 @@ def test_the_workers_line_counts_the_ready_and_names_the_others() -> None:
         raise ServiceUnavailable("nobody answers")
 
     assert _fleet_line(lambda: [status("a", "ready"), status("b", "down")]) == "1/2 ready, weights 7, b down"
+    assert _fleet_line(lambda: [status("b", "down")]) == "0/1 ready, b down"
     assert _fleet_line(away) == "the service does not answer: nobody answers"
 
 
-def test_what_the_service_says_after_it_is_up_becomes_an_event(tmp_path: Path) -> None:
+def test_a_warning_of_the_service_after_it_is_up_becomes_an_event(tmp_path: Path) -> None:
     live, console = view(100)
     log = tmp_path / "service.log"
-    log.write_text("warning: while loading\nready: http://x\nworker b: down\nanything\nwarning: hal")
+    log.write_text("warning: while loading\nready: http://x\nwarning: first\nworker b: down\nwarning: hal")
     place = live._follow(log, 0)
-    assert [line[12:].rstrip() for line in shown(live, console)[5:]] == ["worker b: down", "", ""]
+    assert [line[12:].rstrip() for line in shown(live, console)[5:]] == ["warning: first", "", ""]
     with log.open("a") as stream:
         stream.write("f\n")
     live._follow(log, place)
-    assert [line[12:].rstrip() for line in shown(live, console)[5:]] == ["worker b: down", "warning: half", ""]
+    assert [line[12:].rstrip() for line in shown(live, console)[5:]] == ["warning: first", "warning: half", ""]
 
 
 _CHILD = """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from rlx.rollout.vllm_start import ENDED, first_cause
+from rlx.rollout.vllm_start import ENDED, first_cause, reason
 
 
 class EngineDeadError(Exception):
@@ -18,4 +18,6 @@ def test_a_dead_engine_is_told_with_its_first_exception_or_with_what_may_have_en
     assert first_cause(causes, error) == ENDED
     causes.write_text(json.dumps(["MemoryError", "no room"]) + "\n")
     assert first_cause(causes, error) == "MemoryError: no room"
+    assert reason(causes, error) == "its engine process died: MemoryError: no room"
+    assert reason(causes, ValueError("of another kind")) == "of another kind"
     assert first_cause(None, ValueError("seen here")) == "ValueError: seen here"
