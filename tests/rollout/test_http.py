@@ -161,6 +161,14 @@ async def test_the_control_plane_needs_the_token(method, path, header):
     assert TOKEN not in answer.text
 
 
+async def test_a_request_without_a_field_is_told_which():
+    async with started(make_service([LocalWorker()])) as service, on_http(service) as url, client(url) as http:
+        group = await http.post("/v1/rollouts", json={})
+        session = await http.post("/v1/session", json={}, headers=BEARER)
+    assert error_of(group) == (400, "WireError", "not a group request: the field 'sampling' is missing")
+    assert error_of(session) == (400, "WireError", "the field 'session' is missing, a str")
+
+
 async def test_a_service_without_a_token_has_a_closed_control_plane():
     async with (
         started(make_service([LocalWorker()])) as service,
