@@ -356,6 +356,22 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
+class Offer:
+    """The bytes of an update in a file in memory that process `pid` of this machine has open as `fd`."""
+
+    pid: int
+    fd: int
+    name: str
+
+    @classmethod
+    def from_json(cls, body: Any) -> Offer:
+        try:
+            return cls(int(body["pid"]), int(body["fd"]), str(body["name"]))
+        except (TypeError, KeyError, ValueError) as error:
+            raise WireError(f"not an offer of weights: {body!r:.100}") from error
+
+
+@dataclass(frozen=True)
 class Probe:
     """Fixed token sequences with the learner's log-probabilities at temperature 1 under the weights of an update:
     `ids[i]` has T_i tokens, `logprobs[i]` the T_i - 1 log-probabilities of all but the first."""

@@ -24,13 +24,14 @@ from torch import nn
 from rlx.errors import WeightBaseMismatch
 from rlx.learner.adapter_weights import Weight, adapter_weights, published_weights
 from rlx.learner.adapters import adapter_files
+from rlx.learner.handoff import Buffers
 from rlx.learner.parity import ProbeIds, probe_logprobs
 from rlx.learner.sharding import is_sharded, whole
 from rlx.rollout import delta
 from rlx.rollout.client import PublishTimes as PhaseTimes
 from rlx.rollout.client import RolloutClient
 from rlx.rollout.manifest import fingerprint
-from rlx.wire import Probe, TensorSpec, WeightManifest
+from rlx.wire import Offer, Probe, TensorSpec, WeightManifest
 
 LoraSync = Literal["adapter", "merged"]
 _CODES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
@@ -74,6 +75,7 @@ class Packed:
     probe: Probe | None = None
     adapter: dict[str, bytes] | None = None
     snapshot_s: float = 0.0
+    offer: Offer | None = None
 
     @cached_property
     def fingerprint(self) -> str:
@@ -92,9 +94,9 @@ class _Service:
 class Publisher:
     """Publishes the model of one learner. `version` is what the service last committed, None before the first.
 
-    Holds the bytes of that version: the next is sent as the difference to them. The first update, and the first after
-    `forget`, brings everything and is verified on every worker before that generates. Any thread may call `send` and
-    `forget`; one update is on its way at a time.
+    With `buffers` the service reads the bytes where they are, if it can. Else they are sent, and the next as the
+    difference to them. The first update, and the first after `forget`, brings everything and is verified on every
+    worker before that generates. Any thread may call `send` and `forget`; one update is on its way at a time.
     """
 
     def __init__(
@@ -107,10 +109,12 @@ class Publisher:
         transfer: Literal["auto", "full"] = "auto",
         lora_sync: LoraSync = "merged",
         call_ranks: Callable[[], None] = lambda: None,
+        buffers: Buffers | None = None,
     ):
         """`call_ranks` has the other ranks `join_snapshot`, where the model is cut over them."""
         self._call_ranks = call_ranks
         self._client, self._dtype, self._floor = client, dtype, last_version
+        self._buffers = buffers
         self._probe_ids, self._transfer, self._lora_sync = probe_ids, transfer, lora_sync
         self._turn = threading.Lock()
         self._service = _Service()
@@ -129,7 +133,7 @@ class Publisher:
         if is_sharded(model):
             self._call_ranks()
         probe = probe_logprobs(model, self._probe_ids) if self._probe_ids else None
-        packed = pack(model, self._dtype, probe, self._lora_sync)
+        packed = pack(model, self._dtype, probe, self._lora_sync, self._buffers)
         return replace(packed, snapshot_s=time.perf_counter() - started)
 
     def send(self, packed: Packed) -> PublishTimes:
@@ -174,6 +178,12 @@ class Publisher:
             version, len(packed.payload), packed.fingerprint, packed.tensors,
             probe=packed.probe, gate=service.base is None,
         )  # fmt: skip
+        if self._buffers is not None and packed.offer is not None:
+            self._buffers.open(packed.offer)
+            times = self._client.publish(whole, packed.payload, packed.offer)
+            if not times.taken_over:  # it is on another machine behind this address, or may not look
+                self._buffers = None
+            return whole, times, math.nan
         changed = math.nan
         if service.base is not None and self._transfer == "auto":
             found = delta.encode(service.base.payload, packed.payload, packed.itemsize)
@@ -200,7 +210,13 @@ def _weights(model: nn.Module, lora_sync: LoraSync) -> dict[str, Weight]:
     return adapter_weights(model) if lora_sync == "adapter" else published_weights(model)
 
 
-def pack(model: nn.Module, dtype: torch.dtype, probe: Probe | None = None, lora_sync: LoraSync = "merged") -> Packed:
+def pack(
+    model: nn.Module,
+    dtype: torch.dtype,
+    probe: Probe | None = None,
+    lora_sync: LoraSync = "merged",
+    buffers: Buffers | None = None,
+) -> Packed:
     """The parameters of `model` in Hugging Face naming as safetensors bytes of `dtype`; with `lora_sync` adapter those of
     its adapter, in PEFT's naming.
 
@@ -211,14 +227,18 @@ def pack(model: nn.Module, dtype: torch.dtype, probe: Probe | None = None, lora_
     tensors = tuple(TensorSpec(name, _CODES[dtype], w.shape) for name, w in weights.items())
     ends = np.cumsum([0, *(math.prod(t.shape) * dtype.itemsize for t in tensors)]).tolist()
     head = _header(tensors, ends)
-    payload = memoryview(np.empty(len(head) + ends[-1], np.uint8))  # type: ignore[arg-type]
+    nbytes, offer = len(head) + ends[-1], None
+    if buffers is not None:
+        payload, offer = buffers.take(nbytes)
+    else:
+        payload = memoryview(np.empty(nbytes, np.uint8))  # type: ignore[arg-type]
     payload[: len(head)] = head
     for weight, tensor, start, end in zip(weights.values(), tensors, ends, ends[1:], strict=False):
         value = whole(weight.value())
         if start < end:
             place = torch.frombuffer(payload, dtype=dtype, count=value.numel(), offset=len(head) + start)
             place.view(tensor.shape).copy_(value)
-    return Packed(payload.toreadonly(), tensors, dtype.itemsize, probe, adapter_files(model))
+    return Packed(payload.toreadonly(), tensors, dtype.itemsize, probe, adapter_files(model), offer=offer)
 
 
 def _header(tensors: tuple[TensorSpec, ...], ends: list[int]) -> bytes:

@@ -19,6 +19,7 @@ from rlx.learner.checkpoints import ResumePoint
 from rlx.learner.courier import Waits
 from rlx.learner.evaluation import Evaluation, Evaluator
 from rlx.learner.feed import Feed
+from rlx.learner.handoff import buffers_for
 from rlx.learner.job import Job
 from rlx.learner.journal import Journal
 from rlx.learner.ledger import Ledger, Rules
@@ -59,6 +60,7 @@ class Rollouts:
             transfer=config.async_.weight_transfer,
             lora_sync=config.lora_sync,
             call_ranks=call_ranks,
+            buffers=buffers_for(config.base_url) if config.async_.weight_transfer == "auto" else None,
         )
         best = BestModel(config, job.tokenizer, files.output_dir, resumed=resume is not None)
 

@@ -36,7 +36,7 @@ from rlx.rollout.metrics import exposition
 from rlx.rollout.observations import MAX_OBSERVATIONS_BYTES
 from rlx.rollout.service import RolloutService
 from rlx.view.app import view_router
-from rlx.wire import CONTENT_TYPE, WeightManifest, WireError, decode_frame, encode_frame
+from rlx.wire import CONTENT_TYPE, Offer, WeightManifest, WireError, decode_frame, encode_frame
 
 
 def create_app(service: RolloutService, token: str | None, require_token_for_data: bool) -> FastAPI:
@@ -146,9 +146,11 @@ def _weights(service: RolloutService) -> APIRouter:
     async def announce(request: Request) -> Response:
         _, body = await read_body(request)
         service.check_serving()
-        manifest = WeightManifest.from_json(json_object(body))
-        await service.weights.announce(manifest)
-        return json_response({"version": manifest.version})
+        announced = json_object(body)
+        offer = Offer.from_json(announced["offer"]) if announced.get("offer") else None
+        manifest = WeightManifest.from_json(announced)
+        taken_over = await service.weights.announce(manifest, offer)
+        return json_response({"version": manifest.version, "taken_over": taken_over})
 
     @router.put("/weights/{version:int}")
     async def receive(version: int, request: Request) -> Response:

@@ -14,7 +14,7 @@ import json
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -26,7 +26,7 @@ from rlx.errors import ServiceError, ServiceUnavailable
 from rlx.rollout.deadline import deadline
 from rlx.rollout.direct_client import DirectRollouts
 from rlx.rollout.http_errors import SESSION_HEADER, raise_answer
-from rlx.wire import CONTENT_TYPE, GroupRequest, GroupResult, WeightManifest, decode_frame, encode_frame
+from rlx.wire import CONTENT_TYPE, GroupRequest, GroupResult, Offer, WeightManifest, decode_frame, encode_frame
 
 T = TypeVar("T")
 MAX_IN_FLIGHT = 256
@@ -64,6 +64,8 @@ class PublishTimes:
     """Of the worker that swapped longest: so long it generated nothing."""
     behind: tuple[str, ...] = ()
     """`name: cause` of the workers that did not take these weights yet and get no work meanwhile."""
+    taken_over: bool = False
+    """Nothing was sent: the service is on this machine and read the learner's memory."""
 
     @property
     def total_s(self) -> float:
@@ -212,32 +214,44 @@ class RolloutClient:
 
     # --- weights --------------------------------------------------------------------------------------------------
 
-    def publish(self, manifest: WeightManifest, data: bytes | memoryview | Iterable[bytes]) -> PublishTimes:
-        """Announce, send, commit; returns when workers sample with the new weights and none with older ones.
-        WeightBaseMismatch, with nothing sent, where `manifest` builds on other weights than the service has."""
-        return self._call(self._publish(manifest, data))
+    def publish(
+        self, manifest: WeightManifest, data: bytes | memoryview | Iterable[bytes], offer: Offer | None = None
+    ) -> PublishTimes:
+        """Announce, send, commit; returns when workers sample with the new weights and none with older ones. Nothing is
+        sent where the service can open what is on `offer`. WeightBaseMismatch, with nothing sent, where `manifest`
+        builds on other weights than the service has."""
+        return self._call(self._publish(manifest, data, offer))
 
-    async def _publish(self, manifest: WeightManifest, data: bytes | memoryview | Iterable[bytes]) -> PublishTimes:
+    async def _publish(
+        self, manifest: WeightManifest, data: bytes | memoryview | Iterable[bytes], offer: Offer | None
+    ) -> PublishTimes:
         path, who, seconds = f"/v1/weights/{manifest.version}", f"weights {manifest.version}", self._timeouts.publish_s
         marks = [time.monotonic()]
-        body = json.dumps(manifest.to_json()).encode()
-        await self._request("POST", "/v1/weights/announce", f"{who}: announce", _ANNOUNCE * seconds, body)
+        described = manifest.to_json() | ({"offer": asdict(offer)} if offer is not None else {})
+        body = json.dumps(described).encode()
+        answer = await self._request("POST", "/v1/weights/announce", f"{who}: announce", _ANNOUNCE * seconds, body)
+        taken_over = bool(json.loads(answer).get("taken_over"))
         marks.append(time.monotonic())
+        if not taken_over:
+            await self._upload(path, who, data, manifest.travels)
+        marks.append(time.monotonic())
+        outcome = json.loads(await self._request("POST", f"{path}/commit", f"{who}: commit", _COMMIT * seconds))
+        marks.append(time.monotonic())
+        behind = tuple(f"{worker['name']}: {worker['cause']}" for worker in outcome["behind"])
+        announce_s, transfer_s, commit_s = np.diff(marks).tolist()
+        return PublishTimes(announce_s, transfer_s, commit_s, outcome["pause_s"], behind, taken_over)
+
+    async def _upload(self, path: str, who: str, data: bytes | memoryview | Iterable[bytes], nbytes: int) -> None:
+        seconds = self._timeouts.publish_s
         async with deadline(
             seconds + _MARGIN_S, lambda: f"{who}: the bytes did not reach {self.base_url} within {seconds:g} s"
         ):
             try:
-                length = {"Content-Length": str(manifest.travels)}
+                length = {"Content-Length": str(nbytes)}
                 status, told = await self._send("PUT", f"{self.base_url}{path}", _pieces(data), length)
             except aiohttp.ClientError as error:
                 raise ServiceUnavailable(f"{who}: {_lost(self.base_url, error)}") from error
         _check(status, told, self.base_url)
-        marks.append(time.monotonic())
-        answer = json.loads(await self._request("POST", f"{path}/commit", f"{who}: commit", _COMMIT * seconds))
-        marks.append(time.monotonic())
-        behind = tuple(f"{worker['name']}: {worker['cause']}" for worker in answer["behind"])
-        announce_s, transfer_s, commit_s = np.diff(marks).tolist()
-        return PublishTimes(announce_s, transfer_s, commit_s, answer["pause_s"], behind)
 
     # --- the wire -------------------------------------------------------------------------------------------------
 
@@ -265,7 +279,7 @@ class RolloutClient:
         return answer
 
     async def _send(
-        self, method: str, url: str, body: bytes | AsyncIterator[bytes], headers: dict[str, str]
+        self, method: str, url: str, body: bytes | AsyncIterator[bytes | memoryview], headers: dict[str, str]
     ) -> tuple[int, bytes]:
         """Status and body of the answer; aiohttp.ClientError without one."""
         headers |= self._authorization | ({SESSION_HEADER: self._session} if self._session else {})
@@ -321,11 +335,11 @@ class RolloutClient:
         await self._http.close()
 
 
-async def _pieces(data: bytes | memoryview | Iterable[bytes]) -> AsyncIterator[bytes]:
+async def _pieces(data: bytes | memoryview | Iterable[bytes]) -> AsyncIterator[bytes | memoryview]:
     if isinstance(data, bytes | bytearray | memoryview):
         view = memoryview(data).cast("B")
         for start in range(0, len(view), _PIECE):
-            yield bytes(view[start : start + _PIECE])
+            yield view[start : start + _PIECE]
     else:
         for piece in data:
             yield piece

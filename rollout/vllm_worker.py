@@ -7,6 +7,7 @@ transport.
 from __future__ import annotations
 
 import atexit
+import fcntl
 import logging
 import mmap
 import os
@@ -125,6 +126,9 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo
             nbytes = os.fstat(file.fileno()).st_size
             if nbytes != info.nbytes:
                 return _Opened(info, nbytes)
+            fcntl.flock(
+                file, fcntl.LOCK_SH | fcntl.LOCK_NB
+            )  # the learner's own memory is not written again while this mapping lives
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         hashing = _HASHING.submit(fingerprint, memoryview(data))
         opened = _Opened(info, nbytes, data=data)

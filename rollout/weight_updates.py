@@ -28,13 +28,13 @@ from rlx.rollout import parity
 from rlx.rollout.deadline import answer_of, deadline
 from rlx.rollout.fleet import Fleet, Member
 from rlx.rollout.weights_store import WeightFile
-from rlx.wire import WeightManifest
+from rlx.wire import Offer, WeightManifest
 
 
 @dataclass(frozen=True)
 class UpdateTimes:
     """`nbytes` came in `transfer_s` seconds; `commit_s` until the last worker had swapped or was given up, `pause_s`
-    the longest that one of them did not generate. `workers`: the version of each; `behind`: name and cause of those
+    the longest that one of those that took it did not generate. `workers`: the version of each; `behind`: name and cause of those
     that are to catch up."""
 
     version: int
@@ -81,9 +81,11 @@ class WeightUpdates:
 
     # --- the learner's calls --------------------------------------------------------------------------------------
 
-    async def announce(self, manifest: WeightManifest) -> None:
+    async def announce(self, manifest: WeightManifest, offer: Offer | None = None) -> bool:
         """Ask every worker whether it can take these weights; nothing that generates changes. Those that cannot are
-        quarantined, unless none can: then it is the weights, WeightSyncError, and nothing changes."""
+        quarantined, unless none can: then it is the weights, WeightSyncError, and nothing changes.
+
+        True where what is on `offer` could be opened here: then no bytes have to come."""
         async with self._turn:
             self._check_new(manifest)
             self.discard()
@@ -97,7 +99,10 @@ class WeightUpdates:
                 self._lose(member, f"cannot take weights {manifest.version}: {error}", error)
             for member, _ in failed:
                 del asked[member]
-            self._pending = _Pending(WeightFile(manifest), asked)
+            self._pending = pending = _Pending(WeightFile(manifest), asked)
+            if offer is not None and manifest.base_fingerprint is None and pending.file.take_over(offer):
+                pending.receiving, pending.transfer_s = True, 0.0
+            return pending.receiving
 
     async def receive(self, version: int, chunks: AsyncIterator[bytes]) -> float:
         """Write the announced bytes down and compare their fingerprint; returns the seconds it took."""
@@ -227,19 +232,18 @@ class WeightUpdates:
         )
 
     async def _take(self, member: Member, pending: _Pending) -> float:
-        """One worker swaps; returns the seconds for which it paused, or until it was given up. What goes wrong is noted on the member."""
-        manifest, incarnation, start = pending.manifest, member.incarnation, _now()
+        """One worker swaps; returns the seconds for which it paused. What goes wrong is noted on the member."""
+        manifest, incarnation = pending.manifest, member.incarnation
         if not _runs(member) or member.weight_version == manifest.version:
             return 0.0  # the supervisor has it, or had it meanwhile
         try:
             if pending.accepted.get(member) != incarnation:
                 await answer_of(member.name, self._timeout, member.worker.announce(manifest))
-                start = _now()
             pause_s = await self._load(member, manifest, str(pending.file.path))
         except RlxError as error:
             if member.incarnation == incarnation:
                 self._lose(member, f"did not take weights {manifest.version}: {error}")
-            return _now() - start
+            return 0.0
         if member.incarnation == incarnation and _runs(member):
             self._fleet.took(member, manifest.version)
             if manifest.gate or member.kept:

@@ -16,7 +16,7 @@ import xxhash
 
 from rlx.errors import WeightSyncError
 from rlx.rollout import delta
-from rlx.wire import WeightManifest
+from rlx.wire import Offer, WeightManifest
 
 SHARED_MEMORY = Path("/dev/shm")
 _PREFIX = "rlx-weights-"
@@ -30,8 +30,28 @@ class WeightFile:
     def __init__(self, manifest: WeightManifest):
         self.manifest = manifest
         self._folder, self._lock = _locked_folder(_root_with_space(manifest.nbytes))
-        self._holders, self._unwanted = 0, False
+        self._holders, self._unwanted, self._theirs = 0, False, -1
         self.path = self._folder / f"{manifest.version}.safetensors"
+
+    def take_over(self, offer: Offer) -> bool:
+        """Read the bytes where the learner has them, if that is on this machine. Nothing compares them here: the
+        workers compare what they load."""
+        theirs, name = f"/proc/{offer.pid}/fd/{offer.fd}", f"/memfd:{offer.name} (deleted)"
+        try:
+            if not offer.name.startswith(_PREFIX) or os.readlink(theirs) != name:
+                return False
+            fd = os.open(theirs, os.O_RDONLY)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)  # as long as this is held the learner does not write there
+            if os.readlink(f"/proc/self/fd/{fd}") == name and os.fstat(fd).st_size == self.manifest.nbytes:
+                self._theirs, self.path = fd, Path(f"/proc/{os.getpid()}/fd/{fd}")
+                return True
+        except OSError:
+            pass
+        os.close(fd)
+        return False
 
     async def fill(self, chunks: AsyncIterator[bytes], base: WeightFile | None = None) -> None:
         """Write the stream down, or, with `base`, what the stream makes of it (`rollout/delta.py`).
@@ -114,6 +134,8 @@ class WeightFile:
             shutil.rmtree(self._folder)
             os.close(self._lock)
             self._lock = -1
+            if self._theirs >= 0:
+                os.close(self._theirs)
 
 
 def remove_leftovers() -> None:

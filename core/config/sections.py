@@ -241,7 +241,7 @@ class AsyncSection(Section):
     )
     weight_transfer: Literal["auto", "full"] = Field(
         "auto",
-        description="auto: send only the elements that changed since the last update where that is smaller. full: always everything.",
+        description="auto: a service on this machine reads the weights in the learner's memory; another one is sent the elements that changed since the last update, where that is smaller. full: always send everything.",
     )
     parity_threshold: float = Field(
         0.05,
