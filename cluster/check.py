@@ -33,7 +33,12 @@ def check_main(config: Config, num_processes: int) -> int:
     console = Console(highlight=False)
     found = _Findings([f"{config.path.name}: every key is known and every value fits"], [], [])
     plan = make_plan(config, num_processes)
-    layout = plan_layout(this_machine(), config, num_processes)
+    machine = this_machine()
+    layout = plan_layout(machine, config, num_processes)
+    if config.use_liger_kernel and not machine.gpus:
+        raise ConfigError(
+            f"{config.path}: use_liger_kernel: Liger's kernels run on GPUs, and none is here. Remove the key."
+        )
     found.lines.append(f"devices: {layout.describe()}")
     row, tokenizer = _check_data(config, found)
     _check_adapter(config, found)
@@ -257,7 +262,7 @@ def _plan_table(config: Config, num_processes: int) -> Table:
     ]  # fmt: skip
     parameters = count_parameters(Path(config.local(config.base_model)))
     if parameters is not None:
-        memory = estimate_memory(config, parameters)
+        memory = estimate_memory(config, parameters, num_processes)
         rows.append(("parameters", f"{parameters:,}"))
         rows.append(
             (

@@ -17,6 +17,7 @@ from torch import nn
 
 from rlx.config import Config
 from rlx.learner.adapters import base_of, reference_model, with_adapter
+from rlx.learner.arguments import training_arguments
 from rlx.learner.batching import Layout
 from rlx.learner.checkpoints import check_model
 from rlx.learner.forward import prepare
@@ -32,7 +33,7 @@ from rlx.learner.records import append_event, failure_record
 from rlx.learner.rollouts import connect, longest_step_s
 from rlx.learner.sharding import check_device, device_notes
 from rlx.learner.stream import Fetched, RolloutStream, StepBatch
-from rlx.learner.trainer import GRPOTrainer, StepClock, training_arguments
+from rlx.learner.trainer import GRPOTrainer, StepClock
 
 
 def train(config: Config, num_processes: int) -> None:

@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from accelerate.utils import save_fsdp_optimizer
@@ -28,7 +26,6 @@ from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
 from rlx.config import Config
-from rlx.episode import Episode, Status
 from rlx.learner.adapters import WEIGHTS, saved_tensors, without_adapter
 from rlx.learner.batching import MicroBatch
 from rlx.learner.bottleneck import StepTimes
@@ -40,63 +37,9 @@ from rlx.learner.loss_metrics import LossMetrics
 from rlx.learner.losses import LossOptions, policy_loss
 from rlx.learner.ranks import Ranks
 from rlx.learner.reference import load_reference, mix_into, save_reference
-from rlx.learner.sharding import arguments as sharding_arguments
-from rlx.learner.sharding import load_whole, prepare_fsdp, process_group_backend, shard, whole_state
-from rlx.learner.stream import RolloutStream, StepBatch, known_logprobs, reward_names
-
-
-class _Arguments(TrainingArguments):
-    """The library's, except that a CPU has no index: accelerate calls it `cpu:0` where there are several processes,
-    and `torch.load` of a checkpoint cannot restore to that."""
-
-    @property
-    def device(self) -> torch.device:
-        device = super().device
-        return torch.device("cpu") if device.type == "cpu" else device
-
-
-def training_arguments(
-    config: Config, total_steps: int, steps_per_epoch: int, ddp_timeout_s: float
-) -> TrainingArguments:
-    """The library's arguments; the stream knows no epochs, so everything is counted in steps."""
-    on_gpu, num_processes = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", "1"))
-    return _Arguments(
-        output_dir=config.output_dir,
-        max_steps=total_steps,
-        per_device_train_batch_size=config.micro_batch_size,
-        gradient_accumulation_steps=1,  # one batch of the library's holds all micro-batches of a step
-        learning_rate=config.learning_rate,
-        optim=config.optimizer,
-        lr_scheduler_type=config.lr_scheduler,
-        lr_scheduler_kwargs=config.lr_scheduler_kwargs,
-        warmup_steps=int(config.warmup_ratio * total_steps) if config.warmup_ratio is not None else config.warmup_steps,
-        weight_decay=config.weight_decay,
-        adam_beta1=config.adam_beta1,
-        adam_beta2=config.adam_beta2,
-        adam_epsilon=config.adam_epsilon,
-        max_grad_norm=config.max_grad_norm,
-        seed=config.seed,
-        bf16=on_gpu and torch.cuda.is_bf16_supported() if config.bf16 == "auto" else config.bf16,
-        tf32=True if config.tf32 is True else None,
-        gradient_checkpointing=config.gradient_checkpointing,
-        gradient_checkpointing_kwargs=config.gradient_checkpointing_kwargs or None,
-        logging_steps=config.logging_steps,
-        save_strategy="no" if config.save_strategy == "no" else "steps",
-        save_steps=config.save_steps or max(1, steps_per_epoch // (config.saves_per_epoch or 1)),
-        use_cpu=not on_gpu,
-        ddp_backend=None if "RANK" not in os.environ else process_group_backend(config) if on_gpu else "gloo",
-        ddp_timeout=int(ddp_timeout_s),
-        ddp_find_unused_parameters=False,
-        ignore_data_skip=True,
-        disable_tqdm=True,
-        report_to="none",
-        log_level_replica="error",
-        remove_unused_columns=False,
-        logging_nan_inf_filter=False,
-        use_liger_kernel=config.use_liger_kernel,
-        liger_kernel_config={"fused_linear_cross_entropy": False} if config.use_liger_kernel else None,
-        **sharding_arguments(config, num_processes),
-    )
+from rlx.learner.sharding import load_whole, prepare_fsdp, shard, whole_state
+from rlx.learner.step_metrics import mean, step_metrics
+from rlx.learner.stream import RolloutStream, StepBatch
 
 
 def loss_options(config: Config) -> LossOptions:
@@ -262,7 +205,7 @@ class GRPOTrainer(Trainer):
         """Adds the means since the last log: over steps for rollouts and times, over tokens for the loss."""
         if "loss" in logs:
             logs |= self._loss_metrics.of_all(self._ranks).report()
-            logs |= {name: _mean(values) for name, values in self._step_metrics.items()}
+            logs |= {name: mean(values) for name, values in self._step_metrics.items()}
             logs |= StepTimes.mean(self._step_times).logs()  # type: ignore[arg-type] # the library hands them on
             self._loss_metrics, self._step_metrics, self._step_times = LossMetrics.zero(), {}, []
         super().log(logs, start_time)
@@ -336,50 +279,3 @@ class StepClock(TrainerCallback):
         state.epoch = state.global_step * self._epochs_per_step
         if self.trainer is not None:
             self.trainer.end_step()
-
-
-def step_metrics(config: Config, batch: StepBatch) -> dict[str, float]:
-    """What one step's rollouts looked like, by TRL's names. Lengths in tokens, times in seconds."""
-    episodes, scored = batch.episodes, batch.advantages
-    lengths = [e.num_sampled for e in episodes]
-    metrics = {
-        "reward": scored.reward_mean,
-        "reward_std": scored.reward_std,
-        "frac_reward_zero_std": scored.reward_std_zero_fraction,
-        "frac_reward_none": scored.unscorable_fraction,
-        "completions/mean_length": sum(lengths) / len(lengths),
-        "completions/max_length": float(max(lengths)),
-        "completions/clipped_ratio": sum(e.truncated for e in episodes) / len(episodes),
-    }
-    for index, name in enumerate(reward_names(batch.groups[0])):
-        column = torch.from_numpy(batch.rewards_BF[:, index].copy())
-        metrics[f"rewards/{name}/mean"] = column.nanmean().item()
-        metrics[f"rewards/{name}/failed"] = float(sum(group.rewards[index].failed for group in batch.groups))
-    if config.has_episodes:
-        metrics |= _episode_metrics(episodes)
-    for name in dict.fromkeys(name for group in batch.groups for name in group.metrics):
-        metrics[name] = _mean([group.metrics[name] for group in batch.groups if name in group.metrics])
-    if bad := sum(not known_logprobs(e) for e in episodes):
-        metrics["frac_logprobs_not_finite"] = bad / len(episodes)
-    return metrics | batch.metrics
-
-
-def _episode_metrics(episodes: list[Episode]) -> dict[str, float]:
-    """Fractions of the episodes by how they ended, means of turns and training rows, and what `ctx.metric` gave."""
-    count = len(episodes)
-    metrics = {f"episodes/{status}": sum(e.status == status for e in episodes) / count for status in get_args(Status)}
-    metrics |= {
-        "episodes/turns": sum(e.turns for e in episodes) / count,
-        "episodes/rows": sum(len(e.rows) for e in episodes) / count,
-        "episodes/exact": sum(e.exact for e in episodes) / count,
-        "episodes/retried": sum(e.attempts > 1 for e in episodes) / count,
-    }
-    for name in dict.fromkeys(name for e in episodes for name in e.metrics):
-        metrics[name] = _mean([e.metrics[name] for e in episodes if name in e.metrics])
-    return metrics
-
-
-def _mean(values: list[float]) -> float:
-    """Of what is not NaN; NaN when nothing is left."""
-    known = [value for value in values if not math.isnan(value)]
-    return sum(known) / len(known) if known else math.nan

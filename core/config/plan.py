@@ -152,16 +152,18 @@ class MemoryEstimate:
     engine_gib: float
 
 
-def estimate_memory(config: Config, parameters: int) -> MemoryEstimate:
+def estimate_memory(config: Config, parameters: int, num_processes: int = 1) -> MemoryEstimate:
     """fp32 master weights, gradients and Adam's two moments (16 bytes each parameter), a reference model when
     beta > 0 (4 more); the engine holds 2-byte weights. Logits of one micro-batch are counted in by the caller.
 
     With an adapter the weights alone, 4 bytes each, or about 1 with 4-bit matrices: the adapter's own are few. Its
-    reference is the same model.
+    reference is the same model. With fsdp each of `num_processes` has its part of that.
     """
     held = 1 if config.adapter == "qlora" else 4
     reference = config.trl.beta > 0 and (config.adapter is None or config.rl_adapter_ref_model)
     learner = parameters * ((16 if config.adapter is None else held) + (held if reference else 0)) / _GIB
+    if config.is_sharded:
+        learner /= num_processes
     engine = parameters * (4 if config.vllm.dtype in ("float32", "float") else 2) / _GIB + config.vllm.cpu_kv_cache_gib
     return MemoryEstimate(parameters, learner, engine)
 

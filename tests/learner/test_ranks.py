@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import pickle
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,12 @@ FRAMES: list[list[bytes]] = [
 ]
 
 
+def call_twice(ranks: Ranks) -> list[bytes]:
+    ranks.call(1)
+    ranks.call(0)
+    return [b"after both"]
+
+
 def broadcast_all(rank: int, size: int, folder: str) -> None:
     """What this rank got, into a file."""
     torch.set_num_threads(1)
@@ -30,6 +37,11 @@ def broadcast_all(rank: int, size: int, folder: str) -> None:
     got: list[object] = [ranks.broadcast(frames if rank == 0 else []) for frames in FRAMES]
     got.append(ranks.from_first(lambda: [b"made on", str(rank).encode()]))
     got.append(ranks.sum_(torch.tensor([1.0, rank])).tolist() + ranks.max_(torch.tensor([rank])).tolist())
+
+    helped: list[int] = []
+    ranks.jobs = [lambda: helped.append(0), lambda: helped.append(1)]
+
+    got.append([*ranks.from_first(partial(call_twice, ranks)), helped])
 
     def fail() -> list[bytes]:
         raise OSError("the service went away")
@@ -56,8 +68,9 @@ def test_every_rank_gets_the_bytes_of_rank_zero_and_leaves_when_it_fails(tmp_pat
         process.join()
     assert [process.exitcode for process in processes] == [0, 0]
     expected = [*FRAMES, [b"made on", b"0"], [2.0, 1.0, 1]]
-    for rank, error in enumerate(["OSError", "StoppedByRankZero"]):
-        assert pickle.loads((tmp_path / f"{rank}.got").read_bytes()) == [*expected, error]
+    for rank, (helped, error) in enumerate([([], "OSError"), ([1, 0], "StoppedByRankZero")]):
+        found = pickle.loads((tmp_path / f"{rank}.got").read_bytes())
+        assert found == [*expected, [b"after both", helped], error]
 
 
 def test_one_process_alone_broadcasts_to_itself_and_raises_its_own_errors() -> None:

@@ -16,6 +16,7 @@ from rlx.errors import ServiceError
 from rlx.learner.batching import MicroBatch
 from rlx.learner.data import Prompt
 from rlx.learner.ranks import Ranks
+from rlx.learner.step_metrics import step_metrics
 from rlx.learner.stream import (
     Fetched,
     PromptOrder,
@@ -27,7 +28,6 @@ from rlx.learner.stream import (
     sampling_of,
     ticket_request,
 )
-from rlx.learner.trainer import step_metrics
 from rlx.wire import GroupRequest, GroupResult, RewardOutcome
 
 

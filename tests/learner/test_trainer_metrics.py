@@ -14,8 +14,8 @@ from transformers import TrainingArguments
 
 from rlx.config import Config
 from rlx.episode import Episode
+from rlx.learner.arguments import training_arguments
 from rlx.learner.main import train
-from rlx.learner.trainer import training_arguments
 from rlx.wire import GroupRequest
 
 pytestmark = pytest.mark.slow
