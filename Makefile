@@ -5,7 +5,7 @@ BIN := .venv/bin
 TORCH := 2.13.0
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: quickstart install reasoning-gym openenv programs test test-fast check docs clean
+.PHONY: quickstart install reasoning-gym qlora openenv programs test test-fast check docs clean
 
 quickstart: install
 	@$(BIN)/python examples/quickstart/make_model.py --out examples/quickstart/out
@@ -29,6 +29,13 @@ reasoning-gym: .venv/reasoning-gym
 	@$(PIP) install -q --no-deps -r requirements/reasoning-gym.txt
 	@touch .venv/reasoning-gym
 
+# Likewise.
+qlora: .venv/qlora
+
+.venv/qlora: .venv/installed requirements/qlora.txt
+	@$(PIP) install -q --no-deps -r requirements/qlora.txt
+	@touch .venv/qlora
+
 # OpenEnv servers need versions that rlx's environment does not have.
 openenv: .venv-openenv/installed
 
@@ -43,10 +50,10 @@ programs:
 	@for p in $$(cat .ci/debian); do command -v $$p >/dev/null || { \
 	  echo "the tests need $$p; type: apt-get install --no-install-recommends $$(xargs < .ci/debian)" >&2; exit 1; }; done
 
-test: programs install reasoning-gym openenv
+test: programs install reasoning-gym qlora openenv
 	@$(BIN)/python -m pytest
 
-test-fast: install reasoning-gym
+test-fast: install reasoning-gym qlora
 	@$(BIN)/python -m pytest -m "not vllm and not slow"
 
 check: install
