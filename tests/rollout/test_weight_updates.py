@@ -147,12 +147,14 @@ async def test_tokens_in_flight_during_an_update_carry_both_versions():
     array = np.arange(8, dtype=np.float32)
     data = safetensors.numpy.save({"w": array})
     specs = (TensorSpec("w", "F32", (8,)),)
-    engines = [FakeEngine(specs, seconds_per_token=0.002, seed=seed) for seed in (1, 2)]
+    engines = [FakeEngine(specs, seconds_per_token=0.005, seed=seed) for seed in (1, 2)]
     service = make_service([EngineWorker(f"w-{i}", engine) for i, engine in enumerate(engines)])
     async with started(service):
         long = replace(group(n=8), sampling=Sampling(max_tokens=400))
         running = asyncio.create_task(service.rollout(long))
-        await asyncio.sleep(0.02)
+        while not any(engine.load().generated_tokens for engine in engines):
+            await asyncio.sleep(0.001)
+            assert not running.done()
         manifest = WeightManifest(1, len(data), xxhash.xxh3_128_hexdigest(data), specs)
         await service.weights.announce(manifest)
         await service.weights.receive(1, chunks(data))
