@@ -51,6 +51,11 @@ def number(value: float | None) -> str:
     return f"{value:.1e}" if 0 < abs(value) < 1e-3 else f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
+def level(tick: float, decimals: int) -> str:
+    """A tick's number, with the decimals that tell it from the next one."""
+    return f"{float(f'{tick:.{decimals}f}'):g}" if 0 < decimals <= 4 and abs(tick) < 1000 else number(tick)
+
+
 @dataclass(frozen=True)
 class _Scale:
     x0: float
@@ -67,10 +72,12 @@ class _Scale:
 
 def _axes(scale: _Scale) -> Iterator[Markup]:
     right, bottom = WIDTH - _RIGHT, HEIGHT - _BOTTOM
-    for tick in ticks(scale.y0, scale.y1, 4):
+    levels = ticks(scale.y0, scale.y1, 4)
+    decimals = max(0, -math.floor(math.log10(levels[1] - levels[0]) + 1e-9)) if len(levels) > 1 else 0
+    for tick in levels:
         y = scale.y(tick)
         yield Markup('<path class="grid" d="M{} {}H{}"/>').format(_LEFT, y, right)
-        yield Markup('<text x="{}" y="{}" text-anchor="end">{}</text>').format(_LEFT - 6, y + 4, number(tick))
+        yield Markup('<text x="{}" y="{}" text-anchor="end">{}</text>').format(_LEFT - 6, y + 4, level(tick, decimals))
     for tick in ticks(scale.x0, scale.x1, 5):
         if tick == int(tick) and scale.x(tick) < right - 30:
             yield Markup('<text x="{}" y="{}" text-anchor="middle">{}</text>').format(

@@ -226,8 +226,8 @@ def _valid(records: Iterable[Mapping[str, Any]]) -> Iterator[Sample]:
 
 
 def _telling(events: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Failures first of all, and the newest of the others, in order of time."""
-    known = list(events)
+    """Failures first of all, and the newest of the others but publishes, in order of time."""
+    known = [event for event in events if event.get("kind") != "publish"]
     failures = [event for event in known if event.get("kind") in _FAILURES][:_EVENTS]
     others = (
         [event for event in known if event.get("kind") not in _FAILURES][-(_EVENTS - len(failures)) :]

@@ -138,6 +138,7 @@ def folder(tmp_path):
         sample(1, "right", 1.0),
         sample(2, "cut off", 0.5, status="truncated"),
     )
+    write(out / "events.jsonl", {"time": 2.0, "kind": "publish", "text": "weights 2"})
     write(
         out / "events.jsonl",
         {"time": 1.0, "source": "service", "kind": "worker_down", "step": 2, "text": "w0 is gone", "worker": "w0"},
@@ -162,7 +163,11 @@ def test_it_shows_the_numbers_of_a_known_run(page: Page, serve, folder):
     see(reward.locator(".legend"), "training prompts 0.25")
     see(page.locator("#workers"), "w0 is gone")
     page.locator("#tab-overview").press("ArrowLeft")
-    see(page.locator("#events"), "worker down")
+    see(page.locator("#events .event"), "worker down")
+    page.select_option("[name=kind]", "all")
+    expect(page.locator("#events .event")).to_have_count(2, timeout=_TIMEOUT_MS)
+    page.select_option("[name=kind]", "=publish")
+    see(page.locator("#events .event"), "weights 2")
     assert page.title() == "known · rlx"
 
 

@@ -56,6 +56,7 @@ def folder(tmp_path):
     write(
         "events.jsonl",
         {"time": 1_700_000_000, "kind": "reward_failure", "text": "it raised", "traceback": f"ValueError: {HOSTILE}"},
+        *[{"time": 1_700_000_001 + i, "kind": "checkpoint", "text": f"saved {i}"} for i in range(50)],
         *[{"time": 1_700_000_001 + i, "kind": "publish", "text": f"weights {i}"} for i in range(50)],
     )
     return tmp_path
@@ -68,8 +69,9 @@ def test_it_has_what_a_colleague_asks_for(folder):
     assert text.count("<svg") == 2
     assert [f"answer {i} " in text for i in range(12)] == [True] * 5 + [False] * 2 + [True] * 5
     assert text.index("answer 11 ") < text.index("answer 7 ") < text.index("answer 0 ") < text.index("answer 4 ")
-    assert "weights 49" in text
-    assert "weights 3<" not in text
+    assert "saved 49" in text
+    assert "saved 3<" not in text
+    assert "weights 49" not in text, "one a step: only counted"
     assert "it raised" in text, "failures stay, however old"
 
 
@@ -114,6 +116,13 @@ def test_any_curve_is_drawn(values):
     assert "nan" not in drawn
     assert drawn.startswith("<svg")
     assert plot([Line("a", [1.0], [None])]) == ""
+
+
+def test_ticks_that_lie_close_have_different_numbers():
+    drawn = plot([Line("a", [1.0, 2.0], [0.2421, 0.2444])])
+    assert [label for label in ("0.242", "0.243", "0.244") if f">{label}<" in drawn] == ["0.242", "0.243", "0.244"]
+    labels = re.findall(r'text-anchor="end">([^<]+)', drawn)
+    assert len(labels) == len(set(labels))
 
 
 def test_ticks_are_round_and_within():

@@ -51,8 +51,9 @@ export class Chart {
     const y = (value) => TOP + (1 - (Math.min(value, y1) - y0) / (y1 - y0)) * (HEIGHT - TOP - BOTTOM);
     this.scale = { x, x0, x1, width };
     const parts = [];
-    for (const tick of ticks(y0, y1, 4)) {
-      parts.push(svg("line", { class: "grid", x1: LEFT, x2: width - RIGHT, y1: y(tick), y2: y(tick) }), label(number(tick), LEFT - 6, y(tick) + 4, "end"));
+    const levels = ticks(y0, y1, 4);
+    for (const tick of levels) {
+      parts.push(svg("line", { class: "grid", x1: LEFT, x2: width - RIGHT, y1: y(tick), y2: y(tick) }), label(level(tick, levels[1] - levels[0]), LEFT - 6, y(tick) + 4, "end"));
     }
     for (const tick of ticks(x0, x1, Math.max(2, Math.floor(width / 90))).filter((step) => Number.isInteger(step) && x(step) < width - RIGHT - 34)) {
       parts.push(label(String(tick), x(tick), HEIGHT - 8, "middle"));
@@ -181,6 +182,12 @@ export function ticks(low, high, count) {
   const found = [];
   for (let i = Math.ceil(low / step); i * step <= high + step * 1e-9; i++) found.push(Number((i * step).toPrecision(12)));
   return found;
+}
+
+/** A tick's number, with the decimals that tell it from the next one. */
+function level(tick, step) {
+  const decimals = Math.max(0, -Math.floor(Math.log10(step) + 1e-9));
+  return decimals && decimals <= 4 && Math.abs(tick) < 1000 ? String(Number(tick.toFixed(decimals))) : number(tick);
 }
 
 function nearest(xs, step) {

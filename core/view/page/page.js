@@ -1,13 +1,12 @@
 // The page: who is shown, the tabs, and what is said when nobody answers.
 import { cleared, clock, duration, el, plain, shown } from "./dom.js";
+import { EventList } from "./events.js";
 import { Overview } from "./overview.js";
 import { SampleBrowser } from "./samples.js";
 import { RunStore, Unauthorized, ask } from "./store.js";
 
 const byId = (id) => document.getElementById(id);
 const TABS = ["overview", "samples", "events"];
-const BAD = /fail|lost|down|quarantin/, WARN = /discard|restart|removed|resumed/;
-const UNTOLD = ["n", "worker"]; // the worker stands in the text
 const silent = new Map();
 
 async function begin() {
@@ -50,19 +49,6 @@ function drawHead(stores) {
   document.title = state === "running" ? `${step} · ${plain(name)} · rlx` : `${plain(name || "run")} · rlx`;
 }
 
-function drawEvents(stores) {
-  const events = stores.flatMap((store) => store.events.map((event) => ({ ...event, run: store.run.name }))).sort((a, b) => (b.time || 0) - (a.time || 0)).slice(0, 500);
-  const rows = events.map((event) => {
-    const { time, kind = "event", step, text = "", source = "", run, ...others } = event;
-    const told = Object.entries(others).filter(([name, value]) => !UNTOLD.includes(name) && value !== null && value !== "");
-    return el("div", { className: `event ${BAD.test(kind) ? "bad" : WARN.test(kind) ? "warn" : ""}` }, el("span", { className: "soft" }, clock(time)),
-      el("span", {}, el("span", { className: "kind" }, shown(String(kind).replaceAll("_", " "))), el("div", { className: "soft" }, shown(stores.length > 1 ? `${run}, ${source}` : source))), el("span", { className: "soft" }, step === null || step === undefined ? "" : `step ${step}`),
-      el("div", { className: "said" }, el("div", { dir: "auto" }, shown(text)), told.length ? el("details", {}, el("summary", {}, "details"), ...told.map(([name, value]) => el("div", { className: "text" }, shown(`${name}: ${typeof value === "string" ? value : JSON.stringify(value)}`)))) : null));
-  });
-  const open = [...byId("events").querySelectorAll("details")].some((details) => details.open);
-  if (!open) cleared(byId("events"), el("div", { className: "card" }, ...(rows.length ? rows : [el("p", { className: "empty" }, "No events yet.")])));
-}
-
 function choose(name) {
   for (const tab of TABS) {
     const chosen = tab === name;
@@ -88,16 +74,17 @@ async function main() {
   if (runs === null) return;
   trouble("");
   const stores = [], tell = heard(stores);
-  let overview = null, browser = null, drawn = false;
+  let overview = null, browser = null, events = null, drawn = false;
   const draw = (store, fresh) => {
     drawHead(stores);
-    if (fresh || !drawn) { overview.draw(); drawEvents(stores); drawn = stores.every((each) => each.generation); }
+    if (fresh || !drawn) { overview.draw(); events.draw(); drawn = stores.every((each) => each.generation); }
     else overview.drawWorkers();
     browser.wentOn();
     if (!browser.loaded && !byId("samples").hidden) { browser.loaded = true; browser.load(true); }
   };
   runs.forEach((run, i) => { const store = new RunStore(i, draw, tell); store.run = { name: run.name }; stores.push(store); });
   overview = new Overview(stores);
+  events = new EventList(byId("events"), stores);
   browser = new SampleBrowser(byId("samples"), stores);
   const show = (name) => { choose(name); if (name === "overview") overview.draw(); if (name === "samples" && !browser.loaded) { browser.loaded = true; browser.load(true); } };
   TABS.forEach((tab, i) => {

@@ -11,7 +11,7 @@ export class SampleBrowser {
     Object.assign(this, { root, stores, place: 0, next: null, mode: "text", request: null, opened: null });
     this.form = this.filters();
     this.counted = el("p", { className: "counted", role: "status" });
-    this.list = el("div", { className: "list", role: "list" });
+    this.list = el("div", { className: "list" });
     this.more = el("button", { className: "button", type: "button", hidden: true }, "Show more");
     this.details = el("div", { className: "details" }, el("p", { className: "empty" }, "Choose a sample to read it."));
     this.newer = el("button", { className: "button", type: "button", hidden: true }, "Show newer samples");
