@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -19,6 +20,14 @@ def rlx(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "rlx.cli", *arguments], capture_output=True, text=True, timeout=_DEADLINE_S, check=False
     )
+
+
+def hang_up_on(address: str, path: str) -> None:
+    """A browser that asks and is gone before the answer."""
+    host, port = address.removeprefix("http://").rstrip("/").split(":")
+    with socket.create_connection((host, int(port)), timeout=_DEADLINE_S) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closes with a reset
+        connection.sendall(f"GET /{path} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
 
 
 @pytest.fixture
@@ -37,6 +46,8 @@ def test_view_prints_its_address_answers_there_and_ends_quietly(folder):
         address = line.split()[1]
         assert line == f"{folder.name}: {address}  (Ctrl-C ends it)\n"
         assert address.startswith("http://127.0.0.1:")
+        for path in ("", "view/state", "view/samples"):
+            hang_up_on(address, path)
         with urllib.request.urlopen(f"{address}view/state", timeout=_DEADLINE_S) as answer:
             assert json.load(answer)["run"]["step"] == 1
         with urllib.request.urlopen(address, timeout=_DEADLINE_S) as answer:

@@ -82,7 +82,7 @@ export class SampleBrowser {
       if (this.seen.has(sample.id)) continue;
       this.seen.add(sample.id);
       const item = el("button", { className: "item", type: "button" },
-        el("div", { className: "facts" }, `step ${sample.step}`, el("span", {}, sample.status === "ok" ? "" : sample.status), el("span", {}, `${sample.tokens ?? "–"} tokens`), el("b", {}, number(sample.reward))),
+        el("div", { className: "facts" }, `step ${sample.step}`, el("span", {}, sample.status === "ok" ? "" : sample.status), el("span", {}, `${sample.tokens ?? "–"} token${sample.tokens === 1 ? "" : "s"}`), el("b", {}, number(sample.reward))),
         el("div", { className: "line asked", dir: "auto" }, shown(sample.prompt.replaceAll("\n", " ⏎ "))), el("div", { className: "line", dir: "auto" }, shown(sample.text.replaceAll("\n", " ⏎ "))));
       item.addEventListener("click", () => this.open(item, sample));
       this.list.append(item);
