@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -47,7 +47,8 @@ class Journal:
         self._lock = threading.Lock()
         self._spans: list[Record] = []
         self._failures: set[str] = set()
-        self._offset = ClockOffset()
+        self._offsets: defaultdict[str, ClockOffset] = defaultdict(ClockOffset)
+        """By worker: with service.direct each node measures its groups"""
 
     def event(self, kind: str, text: str, step: int | None = None, **details: Any) -> None:
         """`text` is one readable sentence."""
@@ -160,9 +161,11 @@ class Journal:
     def _group_spans(self, step: int, groups: Sequence[Arrived], taken_at: float) -> Iterator[Record]:
         sent_arrived = [(unix(arrived.sent_at), unix(arrived.arrived_at)) for arrived in groups]
         for arrived, (sent, there) in zip(groups, sent_arrived, strict=True):
-            self._offset.learn(sent, arrived.group.times, there)
+            self._offsets[arrived.group.worker].learn(sent, arrived.group.times, there)
         for arrived, (sent, there) in zip(groups, sent_arrived, strict=True):
-            yield from group_spans(step, arrived.group, sent, there, unix(taken_at), self._offset)
+            yield from group_spans(
+                step, arrived.group, sent, there, unix(taken_at), self._offsets[arrived.group.worker]
+            )
 
     def _look_for_failures(self, step: int, groups: Iterable[GroupResult]) -> None:
         """An event for each way in which something failed in this step; the first of its kind has the traceback."""

@@ -139,11 +139,11 @@ class RankZero:
         self.files.flush()
         if self.observer is not None:
             self.observer.close()
-            self.files.flush()  # what it heard last
         if self.export is not None:
             self.export.close()
         self.trackers.close(failed)
         self.rollouts.close()
+        self.files.close()
 
 
 def _span_export(job: Job) -> SpanExport | None:

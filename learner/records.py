@@ -41,7 +41,7 @@ class RecordFiles:
 
     def __init__(self, folder: Path, max_bytes: int = DEFAULT_MAX_BYTES, say: Callable[[str], None] = lambda _: None):
         self._folder, self._part_bytes, self._say = folder, max(1, max_bytes // PARTS), say
-        self._queue: queue.Queue[tuple[str, Make] | threading.Event] = queue.Queue(_WAITING)
+        self._queue: queue.Queue[tuple[str, Make] | threading.Event | None] = queue.Queue(_WAITING)
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
         self.lost = 0
@@ -70,6 +70,12 @@ class RecordFiles:
             return False
         return done.wait(timeout_s)
 
+    def close(self, timeout_s: float) -> None:
+        """Write what was put, and end the thread; nothing may be put after it."""
+        if self.flush(timeout_s) and self._thread is not None:
+            self._queue.put(None)
+            self._thread.join(timeout_s)
+
     def keep_to(self, name: str, last_step: int | None) -> None:
         """Drop the records after `last_step` (None: of no step), and a last line that a crash cut off, in all parts."""
         for path in parts(self._folder, name):
@@ -95,6 +101,8 @@ class RecordFiles:
     def _run(self) -> None:
         while True:
             item = self._queue.get()
+            if item is None:
+                return
             if isinstance(item, threading.Event):
                 item.set()
                 continue

@@ -74,6 +74,9 @@ class RunFiles:
         """Have all that was put on the disk, as before a checkpoint counts; goes on without that where it takes long."""
         self.records.flush(_FLUSH_S)
 
+    def close(self) -> None:
+        self.records.close(_FLUSH_S)
+
     def evaluations(self) -> list[Record]:
         """The records of evals.jsonl: this run's, and those of the run that it resumed."""
         return self._read("evals")

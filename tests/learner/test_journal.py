@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -155,6 +156,21 @@ def test_clocks_that_drift_apart_are_followed() -> None:
         received = NOW + way / 2 + drift
         offset.learn(NOW, GroupTimes(received, received, received, received), NOW + way)
     assert offset.seconds == pytest.approx(3.99, abs=0.1)
+
+
+def test_the_clocks_of_workers_are_told_apart() -> None:
+    """With service.direct each node measures its groups."""
+    sink = Sink()
+    journal = Journal(sink)
+    groups = []
+    for worker, ahead in (("here", 0.0), ("there", 60.0)):
+        received = unix(10.0) + ahead + 0.5
+        times = GroupTimes(received, received, received + 3, received + 3)
+        groups.append(arrived(replace(group(times, Episode((ROW,), "a")), worker=worker)))
+    journal.took(1, groups, Tally())
+    generated = {s["process"]: s for s in sink.spanned if s["name"] == "generate"}
+    assert [round(generated[name]["start"] - unix(10.0), 3) for name in ("here", "there")] == [0.5, 0.5]
+    assert "clock_offset_s" not in generated["here"]["args"]
 
 
 def test_failures_are_counted_by_step_and_only_the_first_of_a_kind_brings_its_traceback() -> None:

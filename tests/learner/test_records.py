@@ -156,6 +156,16 @@ def test_a_disk_that_hangs_holds_up_nobody_and_what_does_not_fit_is_counted(tmp_
     assert len(lines(tmp_path / "metrics.jsonl")) == 2001 - files.lost
 
 
+def test_closing_writes_what_waits_and_ends_the_thread(tmp_path: Path) -> None:
+    files = RecordFiles(tmp_path)
+    for step in range(100):
+        files.put("metrics", lambda step=step: [{"step": step}])
+    files.close(FLUSH_S)
+    assert len(lines(tmp_path / "metrics.jsonl")) == 100
+    assert files._thread is not None
+    assert not files._thread.is_alive()
+
+
 def test_who_listens_hears_every_record_also_those_that_the_disk_did_not_take(tmp_path: Path) -> None:
     files = RecordFiles(tmp_path / "not there")
     heard: list[tuple[str, dict[str, Any]]] = []
