@@ -96,7 +96,7 @@ async def test_a_dead_worker_is_named_with_its_log_and_can_be_started_again(work
 
 async def test_a_model_that_does_not_load_is_the_engines_own_error(runtime, tmp_path):
     workers = make_workers(runtime, tmp_path, broken_engine)
-    with pytest.raises(ModelError, match=r"^no model here$"):
+    with pytest.raises(ModelError, match=r"^no model here; its log.*: .*/rlx-rollout-0\.log$"):
         await workers[0].start()
     await workers[0].close()
 

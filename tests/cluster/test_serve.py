@@ -239,7 +239,8 @@ def test_an_engine_that_does_not_load_ends_the_service_with_its_error(tmp_path):
         assert running.process.returncode == 1
         assert left_of(below, within_s=4) == []
     text = running.output.read_text()
-    assert text.rstrip().splitlines()[-1] == "error: worker rlx-rollout-0: no model here"
+    last = text.rstrip().splitlines()[-1]
+    assert re.fullmatch(r"error: no model here; its log.*: .*/rlx-rollout-0\.log", last)
     assert "Traceback" not in text
 
 
