@@ -38,7 +38,8 @@ def dashboard_main(config: Config, start: bool = True, interval_s: int = 5) -> i
     write_monitoring(config, folder, prometheus, about["session"], interval_s)
     _say("the run's page", f"{config.base_url}/")
     _say("metrics", f"{config.base_url}/metrics" + (" (with the bearer token)" if config.vllm.needs_token else ""))
-    _say("Ray's dashboard", about["dashboard"] or "off (cluster.dashboard)")
+    off = "off (cluster.dashboard)" if about["session"] else "not up yet: the service is loading, run this again"
+    _say("Ray's dashboard", about["dashboard"] or off)
     if about["dashboard"]:
         _say("", "it asks for the token that `ray get-auth-token` prints")
     _say("configuration", str(folder))

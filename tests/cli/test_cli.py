@@ -41,7 +41,7 @@ def test_version_and_help_answer():
     assert all(command in help_text for command in ("check", "vllm-serve", "train", "run"))
 
 
-@pytest.mark.parametrize("command", ["check", "vllm-serve", "train", "run"])
+@pytest.mark.parametrize("command", ["check", "vllm-serve", "train", "run", "dashboard"])
 def test_every_command_has_help_that_names_the_overrides(command):
     result = rlx(command, "--help")
     assert result.returncode == 0

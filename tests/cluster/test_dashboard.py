@@ -108,6 +108,13 @@ def test_without_a_prometheus_the_command_says_how_to_install_one(tmp_path, monk
     assert (tmp_path / "out" / "monitoring" / "prometheus.yml").exists()
 
 
+@pytest.mark.parametrize(("session", "words"), [("/tmp/ray/session", "off (cluster.dashboard)"), ("", "not up yet")])
+def test_a_dashboard_that_is_not_there_is_off_or_not_up_yet(session, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(dashboard, "_ask", lambda config: {"dashboard": "", "session": session})
+    assert dashboard_main(write_config(tmp_path, port=8123), start=False) == 0
+    assert words in capsys.readouterr().out
+
+
 def test_a_prometheus_that_does_not_start_is_an_error_with_its_last_line(tmp_path, monkeypatch):
     binary = tmp_path / "prometheus"
     binary.write_text("#!/bin/sh\necho 'err=\"lock DB directory\"' >&2\nexit 2\n")
