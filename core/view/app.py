@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from importlib.resources import files
 from typing import Annotated, Any, Protocol
 
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request, Response
 from pydantic import ValidationError
+from starlette.concurrency import run_in_threadpool
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
@@ -47,6 +48,8 @@ class Run(Protocol):
     def samples(self) -> Samples: ...
 
     def since(self, seen: Seen) -> dict[str, Any]: ...
+
+    def workers_now(self) -> list[Mapping[str, Any]] | None: ...
 
     def tokenizer_places(self) -> Iterator[str]: ...
 
@@ -79,8 +82,13 @@ def view_router(runs: Sequence[Run], authorize: Callable[[Request], Awaitable[No
         return _json([{"name": run.name} for run in runs])
 
     @guarded.get("/state")
-    def state(run: int = 0, generation: str = "", metrics: int = 0, evaluations: int = 0, events: int = 0) -> Response:
-        return _json(_run(runs, run).since(Seen(generation, metrics, evaluations, events)))
+    async def state(
+        run: int = 0, generation: str = "", metrics: int = 0, evaluations: int = 0, events: int = 0
+    ) -> Response:
+        asked, seen = _run(runs, run), Seen(generation, metrics, evaluations, events)
+        workers = asked.workers_now()  # in the event loop, whose state they are; the rest is slow and needs a thread
+        more = {} if workers is None else {"workers": workers}
+        return await run_in_threadpool(lambda: _json({**asked.since(seen), **more}))
 
     @guarded.get("/samples")
     def samples(

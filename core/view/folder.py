@@ -62,6 +62,9 @@ class FolderRun(Samples):
         with self._lock:
             return self.history().since(seen)
 
+    def workers_now(self) -> None:
+        """Files tell of workers by their events only."""
+
     def table(self, seconds: float) -> Table:
         with self._lock:
             return self._samples.table(seconds)

@@ -18,7 +18,8 @@ Workers = Callable[[], Sequence[Mapping[str, Any]]]
 
 class LiveRun(Samples):
     """What arrived last: curves of about `max_metrics` points, samples and events. Token texts come from the tokenizer
-    of `base_model`; `workers` gives the records of GET /v1/workers. Safe to use from several threads."""
+    of `base_model`; `workers` gives the records of GET /v1/workers. Safe to use
+    from several threads, but for `workers_now`."""
 
     def __init__(
         self,
@@ -28,7 +29,7 @@ class LiveRun(Samples):
         base_model: str | None = None,
         workers: Workers | None = None,
     ):
-        self._max_metrics, self._base_model, self.workers = max_metrics, base_model, workers
+        self._max_metrics, self._base_model, self._workers = max_metrics, base_model, workers
         self._lock = threading.Lock()
         self._kept: deque[tuple[int, dict[str, Any]]] = deque(maxlen=max_samples)
         self._events: deque[dict[str, Any]] = deque(maxlen=max_events)
@@ -66,17 +67,19 @@ class LiveRun(Samples):
                 self._num_samples += 1
 
     def history(self) -> History:
-        workers = None if self.workers is None else self.workers()
         notes = [] if self._curves.count else ["no learner has told of a step yet"]
         return History(
-            self._generation, self._run, self._curves, self._evaluations, self._events, self._num_events, True, workers,
-            notes,
+            self._generation, self._run, self._curves, self._evaluations, self._events, self._num_events, True, notes,
         )  # fmt: skip
 
     def since(self, seen: Seen) -> dict[str, Any]:
         """What is new, as JSON."""
         with self._lock:
             return self.history().since(seen)
+
+    def workers_now(self) -> list[Mapping[str, Any]] | None:
+        """The workers as they are; None where nobody knows them. For the thread that `workers` belongs to."""
+        return None if self._workers is None else list(self._workers())
 
     def table(self, seconds: float) -> Table:
         with self._lock:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import socket
+import sys
 import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +28,7 @@ def view_main(folders: Sequence[Path], port: int, open_browser: bool) -> int:
     with _listener(port) as listener:
         address = f"http://{_HOST}:{listener.getsockname()[1]}/"
         print(f"{' and '.join(run.name for run in runs)}: {address}  (Ctrl-C ends it)", flush=True)
-        if open_browser:
+        if open_browser and _has_display():
             webbrowser.open(address)
         server = uvicorn.Server(
             uvicorn.Config(
@@ -36,6 +38,11 @@ def view_main(folders: Sequence[Path], port: int, open_browser: bool) -> int:
         with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again, after it has ended
             server.run(sockets=[listener])
     return 0
+
+
+def _has_display() -> bool:
+    """Whether a browser would have a window, instead of this terminal."""
+    return sys.platform == "darwin" or any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY"))
 
 
 def _listener(port: int) -> socket.socket:

@@ -36,7 +36,6 @@ class History:
     events: Sequence[Mapping[str, Any]]
     num_events: int
     live: bool
-    workers: Sequence[Mapping[str, Any]] | None = None
     notes: Sequence[str] = ()
 
     def since(self, seen: Seen) -> dict[str, Any]:
@@ -55,7 +54,6 @@ class History:
             "evaluations": {"count": len(self.evaluations), "records": list(self.evaluations)[known.evaluations :]},
             "events": {"count": self.num_events, "records": list(self.events)[len(self.events) - fresh :] if fresh > 0 else []},
             "texts": {name: value for name, value in self.curves.last.items() if isinstance(value, str)},
-            **({} if self.workers is None else {"workers": list(self.workers)}),
         }  # fmt: skip
 
     def _standing(self) -> dict[str, Any]:
