@@ -72,6 +72,10 @@ class Served:
     workers: int
     worker_busy: float
     """Share of the time since they were last asked in which the workers had a sequence, mean; NaN without news."""
+    running: int = 0
+    """Sequences that they worked on ..."""
+    waiting: int = 0
+    """... and those that waited, for them or in them"""
 
 
 @dataclass(frozen=True)
@@ -179,10 +183,10 @@ class Courier:
                 self._reconnect(error)
         self._served = (step, packed)
         self.generation, self._is_new = self.generation + self._is_new, False
-        workers, busy = self._look_at_workers()
+        news = self._look_at_workers()
         version = self._publisher.version
         assert version is not None
-        self._on_served(Served(step, version, times, workers, busy))
+        self._on_served(Served(step, version, times, *news))
 
     def _evaluate(self, evaluator: Evaluator, step: int, packed: Packed) -> None:
         for attempt in range(_ATTEMPTS):
@@ -233,12 +237,14 @@ class Courier:
             self._instance, self._is_new = instance, True
             self._publisher.forget()
 
-    def _look_at_workers(self) -> tuple[int, float]:
-        """How many are ready, and the share of time that they were busy, mean over those with news since the last look.
+    def _look_at_workers(self) -> tuple[int, float, int, int]:
+        """How many are ready; the share of time that they were busy, mean over those with news since the last look; the
+        sequences that they run, and those that wait.
 
         The service asks its workers now and then, so each says how old its count of busy seconds is."""
         with contextlib.suppress(ServiceUnavailable):  # the next errand finds out
-            workers, shares, now = self._client.workers()["workers"], [], time.monotonic()
+            answer, shares, now = self._client.workers(), [], time.monotonic()
+            workers, waiting = answer["workers"], int(answer.get("waiting", 0))
             for worker in workers:
                 found = (now - float(worker["load_age_s"]), float(worker["load"]["busy_s"]))
                 then, before = self._load.setdefault(worker["name"], found)
@@ -247,6 +253,8 @@ class Courier:
                 self._load[worker["name"]] = found
                 if found[1] >= before and found[1]:  # else it is another process, or does not count them
                     shares.append(min(1.0, (found[1] - before) / seconds))
-            ready = sum(worker["state"] == "ready" for worker in workers)
-            return ready, sum(shares) / len(shares) if shares else math.nan
-        return 1, math.nan
+            ready = [worker["load"] for worker in workers if worker["state"] == "ready"]
+            running = sum(int(load["running"]) for load in ready)
+            waiting += sum(int(load["waiting"]) for load in ready)
+            return len(ready), sum(shares) / len(shares) if shares else math.nan, running, waiting
+        return 1, math.nan, 0, 0

@@ -332,6 +332,7 @@ class Feed:
             self._journal.published(served)
             self._always = replace(self._always, workers=float(served.workers))
             self._ledger.serve(served.step)
+            self._ledger.fit(served.workers, served.running, served.waiting)
             self._pump()
             self._happened()
 

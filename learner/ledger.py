@@ -18,6 +18,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+_EACH = 3
+"""Groups in flight for each worker at least: of those that it works on, the last completions run alone."""
 State = Literal["pending", "in_flight", "ready", "spare"]
 Arrival = Literal["kept", "too_old", "unknown"]
 
@@ -74,6 +76,8 @@ class Ledger:
         self._next = step // rules.steps_per_batch * rules.groups_per_step
         self._open: dict[int, Ticket] = {}
         self._count: Counter[State] = Counter()
+        self._fitting: int | None = None
+        """Groups in flight that `fit` allows"""
 
     # --- checkpoints ----------------------------------------------------------------------------------------------
 
@@ -100,6 +104,19 @@ class Ledger:
         if step > self.step or (self.served is not None and step < self.served):
             raise ValueError(f"policy {step} cannot follow {self.served} before step {self.step}")
         self.served = step
+
+    def fit(self, workers: int, running: int, waiting: int) -> None:
+        """Learn how many sequences the `workers` run and how many wait there: what waits for long grows too old before it
+        is trained. In flight are from here on so many groups that not more wait than run; while fewer wait, a quarter
+        more each time. Nothing where `max_inflight_groups` is given, or where nothing may grow old."""
+        if not workers or self.rules.max_inflight_groups is not None or not self.rules.max_staleness:
+            return
+        if running and waiting > running:
+            in_flight = self._count["in_flight"]
+            fitting = in_flight * 2 * running // (running + waiting)
+            self._fitting = max(_EACH * workers, (in_flight + fitting) // 2)
+        elif self._fitting is not None:
+            self._fitting += self._fitting // 4 + 1
 
     def dispatch(self) -> list[Ticket]:
         """Tickets to send now, in flight from here on; those that were put back go first."""
@@ -223,7 +240,8 @@ class Ledger:
 
     @property
     def _has_slot(self) -> bool:
-        return self.rules.max_inflight_groups is None or self._count["in_flight"] < self.rules.max_inflight_groups
+        limit = self.rules.max_inflight_groups or self._fitting
+        return limit is None or self._count["in_flight"] < limit
 
     @property
     def _is_last(self) -> bool:

@@ -78,8 +78,13 @@ def _data_plane(service: RolloutService) -> APIRouter:
 
     @router.get("/workers")
     async def workers() -> Response:
-        version, statuses = service.fleet.weight_version, [asdict(status) for status in service.workers()]
-        return json_response({"weight_version": version, "instance": service.instance, "workers": statuses})
+        answer = {
+            "weight_version": service.fleet.weight_version,
+            "instance": service.instance,
+            "waiting": service.router.waiting_completions,
+            "workers": [asdict(status) for status in service.workers()],
+        }
+        return json_response(answer)
 
     return router
 

@@ -146,7 +146,8 @@ class RolloutClient:
         return self._call(self._json("POST", "/v1/session", "the session", {"session": session}))
 
     def workers(self) -> dict[str, Any]:
-        """`{"weight_version": int, "instance": str, "workers": [WorkerStatus as a mapping, ...]}`."""
+        """`{"weight_version": int, "instance": str, "waiting": completions that no worker has yet, "workers": [WorkerStatus
+        as a mapping, ...]}`."""
         return self._call(self._json("GET", "/v1/workers", "the rollout service"))
 
     def list_workers(self) -> list[dict[str, Any]]:

@@ -82,6 +82,11 @@ class Router:
         """How long the first in the queue has waited."""
         return time.monotonic() - self._queue[0].since if self._queue else 0.0
 
+    @property
+    def waiting_completions(self) -> int:
+        """How many completions those that wait want."""
+        return sum(waiter.completions for waiter in self._queue)
+
     def limit(self, member: Member) -> Limit:
         return self._limits.setdefault(member.name, Limit())
 

@@ -215,7 +215,7 @@ class AsyncSection(Section):
     max_inflight_groups: int | None = Field(
         None,
         ge=1,
-        description="Groups that the learner has submitted and not got back. Default: as many as max_staleness admits; the service takes as many at a time as its workers hold without preempting.",
+        description="Groups that the learner has submitted and not got back. Default: as many as max_staleness admits, and fewer while more completions wait at the workers than run there, as what waits grows too old for nothing; the service takes as many at a time as its workers hold without preempting.",
     )
     max_requeues: int = Field(
         2,

@@ -181,7 +181,7 @@ class Client:
 
     def workers(self) -> dict[str, Any]:
         self._check_up()
-        load = {"busy_s": time.monotonic()}
+        load = {"busy_s": time.monotonic(), "running": 0, "waiting": 0}
         return {"workers": [{"name": "worker-0", "state": "ready", "load": load, "load_age_s": 0.0}]}
 
     def commit(self, version: int, policy: float, full: bool) -> None:

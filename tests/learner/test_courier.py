@@ -25,8 +25,11 @@ class Service:
         return "a"
 
     def workers(self) -> dict[str, Any]:
-        load = {"busy_s": self.busy_s}
-        return {"workers": [{"name": "w", "state": "ready", "load": load, "load_age_s": self.asked_s_ago}]}
+        load = {"busy_s": self.busy_s, "running": 8, "waiting": 5}
+        return {
+            "waiting": 16,
+            "workers": [{"name": "w", "state": "ready", "load": load, "load_age_s": self.asked_s_ago}],
+        }
 
 
 def test_how_busy_the_workers_were_is_told_only_when_they_were_asked_anew():
@@ -45,6 +48,9 @@ def test_how_busy_the_workers_were_is_told_only_when_they_were_asked_anew():
     courier.start()
     try:
         assert math.isnan(busy(1000, 5)), "there is nothing to compare it with"
+        courier.publish(0, SimpleNamespace(), evaluate=False)
+        assert (told := served.get(timeout=30)).running == 8
+        assert told.waiting == 5 + 16, "in the worker and before it"
         assert busy(500, 130) == pytest.approx(0.25, rel=0.1)
         assert math.isnan(busy(500, 130)), "nobody has asked since, which does not mean that it was idle"
         assert busy(0, 130) == 0, "it was idle"

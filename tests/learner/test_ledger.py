@@ -83,6 +83,7 @@ class Simulation:
 
     def publish(self) -> None:
         served = self.ledger.served
+        self.ledger.fit(self.rng.randint(0, 2), self.rng.randint(0, 4), self.rng.randint(0, 40))
         self.ledger.serve(
             self.ledger.step if served is None or self.rng.random() < 0.5 else min(served + 1, self.ledger.step)
         )
@@ -201,6 +202,33 @@ def test_no_more_are_in_flight_than_allowed():
     assert send(books) == [0, 1, 2]
     bring(books, 2)
     assert send(books) == [3]
+
+
+def test_fewer_are_in_flight_while_more_sequences_wait_than_run_and_more_again_afterwards():
+    books = ledger(groups_per_step=16, max_staleness=2)
+    assert len(send(books)) == 48
+    books.fit(workers=4, running=32, waiting=224)
+    bring(books, *range(16))
+    assert send(books) == [], "32 are in flight, and (48 + 48 * 64 / 256) / 2 = 30 fit"
+    bring(books, 16, 17, 18)
+    assert consumed(books) is not None
+    books.serve(1)
+    assert len(send(books)) == 1
+    books.fit(workers=4, running=32, waiting=32)
+    assert len(send(books)) == 8, "a quarter more, and one"
+    books.fit(workers=4, running=1, waiting=400)
+    bring(books, *range(19, 40))
+    assert books.count("in_flight") == 17, "half way down from 38 to none"
+    books.fit(workers=4, running=1, waiting=400)
+    bring(books, *range(40, 47))
+    assert len(send(books)) == 2, "three for each worker, whatever waits"
+
+
+@pytest.mark.parametrize(("rules", "sent"), [({"max_staleness": 0}, 16), ({"max_inflight_groups": 40}, 40)])
+def test_how_crowded_the_workers_are_changes_nothing_in_a_synchronous_run_or_against_a_given_number(rules, sent):
+    books = ledger(**{"groups_per_step": 16, "max_staleness": 2} | rules)
+    books.fit(workers=1, running=1, waiting=1000)
+    assert len(send(books)) == sent
 
 
 def test_a_straggler_is_cancelled_comes_again_under_another_attempt_and_is_then_waited_for():
