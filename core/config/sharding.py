@@ -147,6 +147,8 @@ def check_sharding(keys: ShardingKeys, path: Path, num_processes: int) -> list[s
     notes = []
     if keys.is_sharded and num_processes == 1:
         notes.append("fsdp: one process has the whole model; start more with --num-processes N")
+    if "fsdp_version" in keys.model_fields_set and not keys.is_sharded:
+        notes.append("fsdp_version alone changes nothing; write `fsdp: true` to cut the model over the processes")
     section = keys.fsdp_config
     if section is not None:
         idle = [n for n in ("cpu_ram_efficient_loading", "sync_module_states", "use_orig_params")

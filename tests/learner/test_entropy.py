@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from fake_service import config_for, lines, serve, write_run
-from learner_process import run
 from safetensors.torch import load_file
 
 from rlx.learner.entropy import EntropyBonus, high_entropy
@@ -61,19 +60,6 @@ def test_micro_batches_of_eight_and_of_two_train_to_the_same_parameters(tmp_path
     for term, off in (("trl__top_entropy_quantile", 1.0), ("trl__entropy_coef", 0.0)):
         without = train_to(tmp_path / term, path, micro_batch_size=8, **{term: off})
         assert (without - whole).abs().max() > 1e-4, term
-
-
-def test_two_processes_choose_the_same_tokens_as_one(tmp_path: Path) -> None:
-    adaptive = {"use_adaptive_entropy": True, "entropy_target": 10.0, "entropy_coef_delta": 0.1}
-    path = write_run(tmp_path, max_steps=3, trl=TERMS | adaptive, test_datasets=None)
-    one = train_to(tmp_path / "one", path)
-    with serve() as served:
-        status, _, err = run(path, served, 2)
-    assert (status, err) == (0, "")
-    torch.testing.assert_close(final(tmp_path / "out"), one, atol=1e-5, rtol=0)
-    for out in ("one", "out"):
-        found = [r["entropy_coef"] for r in lines(tmp_path / out / "metrics.jsonl")]
-        assert found == pytest.approx([0.3, 0.4, 0.5])
 
 
 def test_a_resumed_run_goes_on_with_the_adapted_coefficient(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from rlx.errors import ConfigError
 from rlx.learner.adapters import WEIGHTS
 from rlx.learner.checkpoints import find_resume_point
 from rlx.learner.main import train
-from rlx.learner.sharding import arguments, check_device, prepare_fsdp
+from rlx.learner.sharding import arguments, check_device, device_notes, prepare_fsdp
 
 LIMIT_S = 400.0
 RUNS: dict[str, dict[str, Any]] = {
@@ -28,7 +28,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "whole": {
         "token_budget": 60, "save_steps": 2,
         "trl": {"beta": 0.1, "num_iterations": 2, "sync_ref_model": True, "ref_model_sync_steps": 1,
-                "top_entropy_quantile": 0.5, "entropy_coef": 0.01},
+                "top_entropy_quantile": 0.37, "entropy_coef": 0.2,
+                "use_adaptive_entropy": True, "entropy_target": 10.0, "entropy_coef_delta": 0.1},
         "fsdp_config": {"fsdp_activation_checkpointing": True, "fsdp_version": 2},
     },
     "untied": {"max_steps": 2, "save_steps": 1, "fsdp": "shard_grad_op auto_wrap", "test_datasets": None,
@@ -66,7 +67,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 output = str(folder / name / "resumed")
                 commands.append([str(path), *start, output, "--resume_from_checkpoint", str(point)])
             (folder / "runs.json").write_text(json.dumps(commands))
-            launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+            rendezvous = ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--rdzv-id=rlx"]
+            launch = ["-m", "torch.distributed.run", *rendezvous, "--nproc-per-node=2"]
             script = Path(__file__).with_name("sharded_process.py")
             done = subprocess.run(
                 [sys.executable, *launch, str(script), str(folder / "runs.json")],
@@ -90,6 +92,8 @@ def test_two_processes_with_half_of_the_model_each_train_what_one_does(folder: P
     two = lines(folder / name / output / "metrics.jsonl")
     for metric in ("loss", "grad_norm", "entropy", "reward"):
         assert [r[metric] for r in two] == pytest.approx([r[metric] for r in one], rel=1e-4, abs=1e-6)
+    if name == "whole":
+        assert [r["entropy_coef"] for r in two] == pytest.approx([0.3, 0.4, 0.5, 0.6][first:])
     if "trl" in RUNS[name]:
         assert [r["kl"] for r in two] == pytest.approx([r["kl"] for r in one], rel=1e-3, abs=1e-7)
 
@@ -215,3 +219,8 @@ def test_what_changes_nothing_is_said(tmp_path: Path) -> None:
         "fsdp: one process has the whole model; start more with --num-processes N",
         "fsdp_config: cpu_ram_efficient_loading, use_orig_params changes nothing (docs/configuration.md)",
     )
+    alone = make_plan(load_config(write_run(tmp_path, fsdp_version=2)), 2)
+    assert alone.notes[0].startswith("fsdp_version alone changes nothing; write `fsdp: true`")
+    offload = load_config(write_run(tmp_path, gradient_checkpointing="offload"))
+    assert (offload.gradient_checkpointing, offload.activation_offloading) == (True, True)
+    assert device_notes(offload) == ["activation_offloading: without a GPU activations are in main memory already"]
