@@ -15,6 +15,7 @@ Not in it: HTTP (see gateway_ceiling.py) and the network.
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import random
 import time
@@ -29,6 +30,7 @@ from service import print_versions
 from rlx.config.sections import AsyncSection, ServiceSection
 from rlx.envs.single_turn import SingleTurn
 from rlx.rollout.engine_worker import EngineWorker
+from rlx.rollout.gateway import quiet_collector
 from rlx.rollout.service import RolloutService
 from rlx.rollout.worker import Taken
 from rlx.wire import Completion, GroupRequest, Sampling, WeightManifest
@@ -52,9 +54,10 @@ class SlowEngine(SleepEngine):
         return await super().generate(request_id, prompt_ids, n, sampling)
 
     async def commit(self, manifest: WeightManifest, path: str) -> Taken:
+        began = time.perf_counter()
         await asyncio.sleep(SWAP_S)
         self._version = manifest.version
-        return Taken(manifest.fingerprint, SWAP_S)
+        return Taken(manifest.fingerprint, time.perf_counter() - began)
 
 
 def fleet(size: int, shortest: float, longest: float) -> RolloutService:
@@ -63,6 +66,13 @@ def fleet(size: int, shortest: float, longest: float) -> RolloutService:
         list(workers), ConstantScorer(), SingleTurn(), ServiceSection(), async_settings=AsyncSection(), model="none",
         start_timeout_s=60,
     )  # fmt: skip
+
+
+async def started(service: RolloutService) -> None:
+    """With Python's collector set as in the gateway."""
+    await service.start()
+    gc.unfreeze()
+    quiet_collector()
 
 
 def request(number: int) -> GroupRequest:
@@ -75,7 +85,7 @@ def request(number: int) -> GroupRequest:
 async def routing(size: int, groups: int) -> dict[str, float]:
     """Microseconds of processor time per group: the router alone, a round robin, the whole service."""
     service = fleet(size, 0.0, 0.0)
-    await service.start()
+    await started(service)
     try:
         router, held = service.router, []
         for _ in range(size * GROUPS_EACH // 2):
@@ -120,7 +130,7 @@ async def routing(size: int, groups: int) -> dict[str, float]:
 async def load(size: int, seconds: float) -> dict[str, float]:
     """Share of the ideal W groups a second, after the first two durations; share of a core that it took."""
     service = fleet(size, SHORTEST_S, LONGEST_S)
-    await service.start()
+    await started(service)
     numbers, done, late = itertools.count(), [0], [0.0]
 
     async def submit(delay: float) -> None:
@@ -164,7 +174,7 @@ async def load(size: int, seconds: float) -> dict[str, float]:
 async def publish(size: int, repeats: int) -> list[dict[str, float]]:
     """Seconds from announcement to the end of the commit, idle fleet."""
     service = fleet(size, 0.0, 0.0)
-    await service.start()
+    await started(service)
 
     async def chunks() -> AsyncIterator[bytes]:
         yield PAYLOAD
