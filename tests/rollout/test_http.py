@@ -37,6 +37,8 @@ from rlx.wire import CONTENT_TYPE, GroupResult, Sampling, decode_frame, encode_f
 
 FRAME = {"content-type": CONTENT_TYPE}
 BEARER = {"authorization": f"Bearer {TOKEN}"}
+PATIENT = QUICK.model_copy(update={"probe_timeout": 30})
+"""For tests of /health: a worker is not silent because the machine is busy."""
 PEOPLE = {"key": "p-1", "prompt": "1+1=", "prompt_ids": [1, 2], "n": 2, "sampling": {"max_tokens": 3}}
 
 
@@ -180,7 +182,7 @@ async def test_a_service_without_a_token_has_a_closed_control_plane():
 
 
 async def test_the_data_plane_needs_the_token_when_it_is_told_to_and_health_never():
-    service = make_service([LocalWorker()])
+    service = make_service([LocalWorker()], settings=PATIENT)
     async with started(service), on_http(service, require_token_for_data=True) as url, client(url) as http:
         for path in ("/v1/workers", "/v1/models"):
             assert (await http.get(path)).status_code == 401
@@ -192,7 +194,7 @@ async def test_the_data_plane_needs_the_token_when_it_is_told_to_and_health_neve
 async def test_health_answers_while_the_workers_load_then_ok_then_stopping():
     worker = LocalWorker("slow")
     worker.open.clear()
-    service = make_service([LocalWorker("quick"), worker])
+    service = make_service([LocalWorker("quick"), worker], settings=PATIENT)
     async with on_http(service) as url, client(url) as http:
         starting = asyncio.create_task(service.start())
         await eventually(lambda: service.load_progress().ready == 2)
