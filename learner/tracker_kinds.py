@@ -103,6 +103,19 @@ class Wandb:
         wandb.finish(exit_code=int(failed))
 
 
+class _MLflowCallback(MLflowCallback):
+    """Copies checkpoints as files; transformers' would pickle a Python model around each."""
+
+    def __init__(self, copies_checkpoints: bool):
+        super().__init__()
+        self._copies_checkpoints = copies_checkpoints
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._copies_checkpoints:
+            name = f"checkpoint-{state.global_step}"
+            self._ml_flow.log_artifacts(str(Path(args.output_dir) / name), artifact_path=name)
+
+
 class MLflow:
     """MLflow, at `mlflow_tracking_uri`."""
 
@@ -110,14 +123,12 @@ class MLflow:
 
     def __init__(self, config: Config, run_id: str | None):
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        if config.hf_mlflow_log_artifacts:
-            os.environ["HF_MLFLOW_LOG_ARTIFACTS"] = "1"
         self._config = config
         self._run_id = run_id or os.environ.pop("MLFLOW_RUN_ID", None)  # with it, the callback would start a second run
         if self._run_id is not None:
             os.environ["MLFLOW_MAX_LOG_PARAMS"] = "0"  # the parameters of a run cannot be changed
         logging.getLogger("mlflow").setLevel(logging.WARNING)
-        self.callback = MLflowCallback()
+        self.callback = _MLflowCallback(config.hf_mlflow_log_artifacts)
         self._last: tuple[Any, ...] = ()
 
     def begin(self, args: Any, state: Any, control: Any, kwargs: Mapping[str, Any], values: Mapping[str, Any]) -> str:

@@ -90,6 +90,6 @@ def test_a_learner_that_is_killed_leaves_the_service_to_the_next_and_so_does_ctr
         learner.ctrl_c()
         assert learner.wait(30) == 130
         assert learner.left() == []
-    assert learner.last_message.startswith("stopped by Ctrl-C; "), learner.output
+    assert learner.output.splitlines()[-1].startswith("stopped by Ctrl-C; "), learner.output
     with client_of(llama.config) as client:
         assert client.health()["status"] == "ok"
