@@ -34,6 +34,7 @@ from rlx.learner.rollouts import connect, longest_step_s
 from rlx.learner.sharding import check_device, device_notes
 from rlx.learner.stream import Fetched, RolloutStream, StepBatch
 from rlx.learner.trainer import GRPOTrainer, StepClock
+from rlx.rollout.client import RolloutClient
 
 
 def train(config: Config, num_processes: int) -> None:
@@ -43,6 +44,15 @@ def train(config: Config, num_processes: int) -> None:
     check_device(config)
     job = make_job(config, num_processes, Console(quiet=not is_first, stderr=False))
     client = connect(config, job.plan, job.console) if is_first and config.replay is None else None
+    try:
+        _train(job, client, is_first)
+    finally:
+        if client is not None:
+            client.close()
+
+
+def _train(job: Job, client: RolloutClient | None, is_first: bool) -> None:
+    config = job.config
     model, reference, layout = _models(job)
     arguments = training_arguments(
         config, job.total_steps, job.steps_per_epoch, longest_step_s(config, len(job.held_out))

@@ -163,7 +163,11 @@ def connect(config: Config, plan: Plan, console: Console) -> RolloutClient:
         min(max(MAX_IN_FLIGHT, groups), _MOST_CONNECTIONS),
         direct=config.service.direct,
     )
-    client.wait_until_ready(config.trl.vllm_server_timeout, say_waiting(config, console))
+    try:
+        client.wait_until_ready(config.trl.vllm_server_timeout, say_waiting(config, console))
+    except BaseException:
+        client.close()
+        raise
     return client
 
 
