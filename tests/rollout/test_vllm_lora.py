@@ -66,14 +66,15 @@ async def test_each_token_over_a_swap_of_adapters_carries_the_version_that_sampl
     config = config_in(tmp_path, folder, **ALONE)
     models = [with_adapter(load_model(config), config) for _ in range(2)]
     train_a_little(models[1], steps=12, lr=1e-2)
-    await publish(engine, packed(models[0], config), tmp_path)
+    first, second = (packed(model, config) for model in models)
+    await publish(engine, first, tmp_path)
     before = engine.load().generated_tokens
-    sampling = Sampling(max_tokens=200, temperature=0.8, extra={"ignore_eos": True})
+    sampling = Sampling(max_tokens=120, temperature=0.8, extra={"ignore_eos": True})
     task = asyncio.ensure_future(engine.generate("r", PROMPT, 6, sampling))
     while engine.load().generated_tokens < before + 60:
         await asyncio.sleep(0.001)
         assert not task.done()
-    await publish(engine, packed(models[1], config), tmp_path)
+    await publish(engine, second, tmp_path)
     crossed = [c for c in await task if len(c.versions) == 2]
     assert len(crossed) >= 3
     for c in crossed:
