@@ -122,7 +122,7 @@ async def test_episodes_run_beside_each_other_in_a_process_of_their_own(tmp_path
             assert [e.status for e in group] == ["ok"] * 4
             for e in group:
                 [row] = e.rows
-                assert e.turns == 2
+                assert (e.turns, len(e.turn_times), e.process) == (2, 2, "rlx-episodes-0")
                 assert e.reward == float(row.versions[0][1])
                 assert [v for v, _ in row.versions] == [0, -1, 0]
                 assert np.isfinite(row.logprobs[row.mask]).all()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -73,10 +74,14 @@ def floats(values: np.ndarray) -> list[float | None]:
 
 
 async def test_every_function_scores_the_group_in_the_main_thread_of_its_own_process(tmp_path):
-    scorer = await started(tmp_path, "reward_functions.length, reward_functions.in_main_thread")
+    scorer, before = await started(tmp_path, "reward_functions.length, reward_functions.in_main_thread"), time.time()
     outcomes, metrics = await scorer.score(request(), episodes("a", "bcd"))
     assert [outcome.name for outcome in outcomes] == ["reward_functions.length", "reward_functions.in_main_thread"]
     assert [outcome.values.tolist() for outcome in outcomes] == [[1.0, 3.0], [1.0, 1.0]]
+    assert [outcome.process for outcome in outcomes] == [
+        "rlx-reward-0-reward_functions.length", "rlx-reward-1-reward_functions.in_main_thread"
+    ]  # fmt: skip
+    assert all(before - 1 < outcome.began_at < time.time() + 1 for outcome in outcomes)
     assert [metrics["pid"]] == scorer.functions[1].pids
     pids = [pid for function in scorer.functions for pid in function.pids]
     assert len({os.getpid(), *pids}) == 3

@@ -56,6 +56,9 @@ async def test_an_episode_is_what_its_function_did():
     assert (episode.reward, [r.value for r in episode.step_rewards]) == (0.5, [9.0])
     assert (episode.extra, episode.metrics, episode.exact) == ({"steps": 3}, {"m": 2.0}, False)
     assert episode.text == "fourfour"
+    times = [time for turn in episode.turn_times for time in turn]
+    assert len(times) == 4
+    assert times == sorted(times)
     assert episode.completion == [
         {"role": "assistant", "content": "four"},
         {"role": "user", "content": "sure?"},

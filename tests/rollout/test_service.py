@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -46,9 +47,13 @@ def rollouts_of(worker):
 
 
 async def test_a_group_carries_its_completions_rewards_and_worker():
+    before = time.time()
     async with started(make_service([LocalWorker("w")])) as service:
         result = await service.rollout(group(n=3))
     assert result.worker == "w"
+    assert result.times is not None
+    times = [before - 1, *vars(result.times).values(), time.time() + 1]
+    assert times == sorted(times)
     assert [e.rows[0].ids.tolist() for e in result.episodes] == [[7, 8, 9]] * 3
     assert [e.rows[0].versions for e in result.episodes] == [((0, 3),)] * 3
     assert result.rewards[0].values[1:].tolist() == [1.0, 2.0]
