@@ -2,7 +2,8 @@
 
 Real: the learner (`rlx.learner.main.train` on the quickstart's model and data), the gateway in a process of its own, and
 everything that watches: files, samples, events, spans, the observer that sends them, tables for a tracker, TensorBoard.
-Fake: engines that answer at once, rewards. One run; blocks of steps with all of it switched off lie between blocks with
+Fake: engines that answer at once, rewards; so the step is shorter than a real one, and the share that watching takes of it
+larger. One run; blocks of steps with all of it switched off lie between blocks with
 all of it on, and the first step of each block, into which the one before may reach, is left out. CPU seconds are those
 of the learner's process, all threads. Then, of the steps with everything on: CPU time per step of each writer, by the
 thread that pays it (what the journal hands over is counted in both its lines); and what one scrape of /metrics costs and brings, by the number of workers.
