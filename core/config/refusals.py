@@ -33,6 +33,10 @@ REFUSED: dict[str, Refusal] = {
     **_refuse("load_in_8bit", "base models are quantised to 4 bits only", "Write `adapter: qlora`, or remove the key."),
     **_refuse("qlora_sharded_model_loading", "each learner process loads the quantised model itself", _REMOVE),
     **_refuse("peft", "LoftQ is not supported", _REMOVE, (None, {})),
+    **_refuse("lora_fan_in_fan_out", "PEFT sees it by the layer", _REMOVE),
+    **_refuse("lora_target_parameters peft_layers_to_transform peft_layers_pattern peft_layer_replication peft_trainable_token_indices", "which layers "
+              "are updated is said in one place", "Write a regular expression for whole names in `lora_target_modules`.", (None, False, [], "", {})),
+    **_refuse("peft_init_lora_weights loraplus_lr_ratio loraplus_lr_embedding", "it is not supported", _REMOVE, (None, True, "")),
     **_refuse("lora_mlp_kernel lora_qkv_kernel lora_o_kernel", "Axolotl's own kernels are not part of rlx", _REMOVE),
     **_refuse("reward_model process_reward_model", "training a reward model is not supported", "Remove the key."),
     **_refuse("fsdp_config.mixed_precision_policy", "weights are float32, and what is computed in is said elsewhere", "Write `bf16: true`, or nothing.", (None, "")),

@@ -252,6 +252,10 @@ ALONE = LORA + "lora_sync: adapter\n"
         (QLORA + "bnb_config_kwargs: {llm_int8_threshold: '6'}\n", "llm_int8_threshold: 6 cannot be used; it may hold"),
         (QLORA + "lora_sync: adapter\n", "excludes adapter: qlora: the workers would hold the base model as it was"),
         (LORA + "lora_r: 0\n", "lora_r: 0 cannot be used"),
+        (
+            LORA + "peft_layers_to_transform: [0]\n",
+            "Write a regular expression for whole names in `lora_target_modules`",
+        ),
         (LORA + "lora_rank: 4\n", "unknown key 'lora_rank'"),
     ],
 )

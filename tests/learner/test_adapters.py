@@ -141,6 +141,7 @@ def test_an_adapter_in_a_folder_that_cannot_be_sent_alone_is_refused(
         with_adapter(load_model(config), config)
 
 
+@pytest.mark.slow
 def test_a_run_that_sends_the_adapter_alone_trains_to_the_same_as_one_that_sends_it_merged(tmp_path: Path) -> None:
     sent, records = {}, {}
     for way in ("adapter", "merged"):

@@ -99,6 +99,7 @@ def test_gradients_after_an_evaluation_are_those_before(tmp_path: Path) -> None:
     assert any(gradient.abs().max() > 0 for gradient in before.values())
 
 
+@pytest.mark.slow
 def test_a_run_trains_resumes_and_saves_the_adapter_alone(tmp_path: Path) -> None:
     path = write_run(tmp_path, max_steps=4, save_steps=2, test_datasets=None, trl={"beta": 0.1}, **QLORA)
     with serve() as served:
