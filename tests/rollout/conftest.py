@@ -5,24 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import pytest_asyncio
+from vllm_parts import vllm_options
 
-from rlx.rollout.vllm_params import VllmOptions
 from rlx.wire import Sampling
-
-
-def vllm_options(model: str) -> VllmOptions:
-    return VllmOptions(model=model, max_model_len=1024, kv_cache_gib=0.25, served_model_name="tiny")
-
-
-def tiny_model(folder: Path) -> None:
-    from tiny_models import make_tiny_model  # imports transformers, for seconds
-
-    make_tiny_model(folder)
 
 
 async def _engine(folder: str, architecture: str, tie: bool, **options: Any) -> AsyncIterator:

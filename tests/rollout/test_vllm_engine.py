@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import tiny_model, vllm_options
+from vllm_parts import tiny_model, vllm_options
 
 from rlx.errors import ModelError, ServiceError
 from rlx.rollout.vllm_engine import VllmEngine
