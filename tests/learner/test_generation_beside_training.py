@@ -86,7 +86,7 @@ def test_without_staleness_a_run_is_the_synchronous_loop_to_the_last_bit(
     assert all(torch.equal(feed[name], loop[name]) for name in feed)
     for file in ("samples", "evals"):
         first, second = (lines(tmp_path / name / f"{file}.jsonl") for name in ("feed", "loop"))
-        own = {"key": "", "seconds": 0.0}
+        own = {"key": "", "seconds": 0.0, "timings": {}, "group_times": {}}
         assert [r | own for r in first] == [r | own for r in second]
     first, second = (lines(tmp_path / name / "metrics.jsonl") for name in ("feed", "loop"))
     for name in ("loss", "reward", "kl", "grad_norm"):
