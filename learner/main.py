@@ -130,6 +130,11 @@ def _trainer(
         if (opened := trainer.stream.open_batch()) is not None:
             codec.save_open(folder, *opened)
 
+    def on_trained() -> None:
+        logprobs = trainer.stream.shown_logprobs()
+        if first is not None:
+            first.trained(logprobs)
+
     def make_stream(trainer: GRPOTrainer) -> RolloutStream:
         def on_step(batch: StepBatch) -> None:
             trainer.begin_step(batch)
@@ -148,7 +153,7 @@ def _trainer(
     trainer = GRPOTrainer(
         config, ranks, arguments, model, reference, job.tokenizer, make_stream,
         feed_state=first.state if first else dict, save_open_batch=save_open_batch,
-        callbacks=[clock, phases, *(first.callbacks if first else [])],
+        callbacks=[clock, phases, *(first.callbacks if first else [])], on_trained=on_trained,
     )  # fmt: skip
     trainer.remove_callback(transformers.PrinterCallback)
     clock.trainer = trainer

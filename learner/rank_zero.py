@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -74,6 +75,7 @@ class RankZero:
             job.plan.num_processes,
             job.resume.step if job.resume else None,
         )
+        self._in_training: StepBatch | None = None
         self.journal = Journal(self.files, first, job.total_steps)
         self.progress = ProgressReport(job.console, self.files, None if client is None else client.list_workers)
         self.trackers = Trackers(config, job.resume.step if job.resume else None, job.console)
@@ -108,10 +110,15 @@ class RankZero:
 
     def took(self, batch: StepBatch) -> None:
         """A step begins to train on groups of its own."""
-        config = self._job.config
-        self.files.samples(batch, config.samples_per_step)
+        config, self._in_training = self._job.config, batch
         if config.trl.log_completions and batch.step % config.logging_steps == 0:
             print_samples(self._job.console, batch, config.trl.num_completions_to_print)
+
+    def trained(self, logprobs: Mapping[int, list[np.ndarray]]) -> None:
+        """A step ended, or a run in the midst of one; `logprobs` are the learner's of the samples to show."""
+        if self._in_training is not None:
+            self.files.samples(self._in_training, self._job.config.samples_per_step, logprobs)
+            self._in_training = None
 
     def state(self) -> dict[str, object]:
         """What a checkpoint keeps; its records are on the disk when it counts."""
@@ -135,6 +142,7 @@ class RankZero:
 
     def close(self, failed: bool) -> None:
         self.progress.stop()
+        self.trained({})
         self.journal.flush()
         self.files.flush()
         if self.observer is not None:

@@ -11,12 +11,15 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from rlx.episode import Row
 from rlx.learner.data import Prompt
 from rlx.learner.evaluation import Evaluation
 from rlx.learner.records import DEFAULT_MAX_BYTES, Make, Record, RecordFiles
@@ -24,6 +27,7 @@ from rlx.learner.stream import StepBatch
 from rlx.wire import GroupResult, row_json
 
 _FLUSH_S = 10.0
+_UNTRAINED = np.empty(0, np.float32)
 
 
 class RunFiles:
@@ -50,9 +54,9 @@ class RunFiles:
         record = {"step": step, "time": time.time(), **values}
         self.records.put("metrics", lambda: [record])
 
-    def samples(self, batch: StepBatch, count: int) -> None:
-        """The first `count` episodes of a step, spread over its groups."""
-        self.records.put("samples", lambda: sample_records(batch, count))
+    def samples(self, batch: StepBatch, count: int, logprobs: Mapping[int, list[np.ndarray]]) -> None:
+        """The first `count` episodes of a step, spread over its groups; `logprobs` as of `sample_records`."""
+        self.records.put("samples", lambda: sample_records(batch, count, logprobs))
 
     def evaluation(self, result: Evaluation) -> None:
         self.records.put("evals", lambda: [asdict(result)])
@@ -122,19 +126,25 @@ def _number(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def sample_records(batch: StepBatch, count: int) -> list[Record]:
-    """The first `count` episodes of a step, spread over its groups, in the order of those."""
+def sample_records(batch: StepBatch, count: int, logprobs: Mapping[int, list[np.ndarray]]) -> list[Record]:
+    """The first `count` episodes of a step, spread over its groups, in the order of those. `logprobs`: the learner's, as
+    `RolloutStream.shown_logprobs` gives them; empty where the step was not trained."""
     advantages = batch.advantages.advantages.tolist()
     size = len(batch.groups[0].episodes)
-    order = sorted(range(len(advantages)), key=lambda i: (i % size, i // size))[:count]
     return [
-        _sample(batch.step + 1, batch.prompts[place // size], batch.groups[place // size], place % size)
+        _sample(
+            batch.step + 1,
+            batch.prompts[place // size],
+            batch.groups[place // size],
+            place % size,
+            logprobs.get(place, []),
+        )
         | {"advantage": advantages[place]}
-        for place in sorted(order)
+        for place in batch.shown(count)
     ]
 
 
-def _sample(step: int, prompt: Prompt, group: GroupResult, index: int) -> Record:
+def _sample(step: int, prompt: Prompt, group: GroupResult, index: int, logprobs: list[np.ndarray]) -> Record:
     e = group.episodes[index]
     conversation = {} if e.completion is None else {"messages": e.completion}
     return {
@@ -147,7 +157,7 @@ def _sample(step: int, prompt: Prompt, group: GroupResult, index: int) -> Record
         "status": e.status,
         "turns": e.turns,
         "exact": e.exact,
-        "rows": [row_json(row) for row in e.rows],
+        "rows": [_row(row, own) for row, own in zip(e.rows, chain(logprobs, repeat(_UNTRAINED)), strict=False)],
         "rewards": {r.name: float(r.values[index]) for r in group.rewards},
         "step_rewards": [asdict(step) for step in e.step_rewards],
         "extra": {**e.extra, **{column: values[index] for r in group.rewards for column, values in r.extra.items()}},
@@ -156,6 +166,14 @@ def _sample(step: int, prompt: Prompt, group: GroupResult, index: int) -> Record
         "worker": group.worker,
         **_times(group),
     }
+
+
+def _row(row: Row, logprobs: np.ndarray) -> Record:
+    """With the learner's log-probabilities beside the worker's, None for context too, where the row was trained."""
+    if not len(logprobs):
+        return row_json(row)
+    own = (round(value, 6) for value in logprobs.tolist())
+    return row_json(row) | {"learner_logprobs": [next(own) if sampled else None for sampled in row.mask]}
 
 
 def _times(group: GroupResult) -> Record:

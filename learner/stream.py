@@ -18,6 +18,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ from rlx.learner.bottleneck import StepTimes
 from rlx.learner.data import Prompt
 from rlx.learner.losses import token_weights
 from rlx.learner.ranks import Ranks
+from rlx.learner.row_logprobs import RowLogprobs
 from rlx.wire import GroupRequest, GroupResult, Sampling
 
 
@@ -65,6 +67,11 @@ class StepBatch:
     @property
     def episodes(self) -> list[Episode]:
         return [episode for group in self.groups for episode in group.episodes]
+
+    def shown(self, count: int) -> list[int]:
+        """Places in `episodes` of the first `count`, spread over the groups, ascending: those with a sample record."""
+        size, total = len(self.groups[0].episodes), len(self.groups) * len(self.groups[0].episodes)
+        return sorted(sorted(range(total), key=lambda i: (i % size, i // size))[:count])
 
 
 class PromptOrder:
@@ -213,19 +220,40 @@ class RolloutStream:
         self._batch: StepBatch | None = None
         self._old: np.ndarray | None = None
         self._parts: list[list[Sample]] = []
+        self._shown: dict[int, list[Sample]] = {}
+        self._heard: RowLogprobs | None = None
         self.order = prompt_order(config, len(prompts))
 
-    def __iter__(self) -> Iterator[dict[str, MicroBatch]]:
+    def __iter__(self) -> Iterator[dict[str, Any]]:
         for step in range(self._current_step(), self._last_step):
             batch = self._next(step)
             self._on_step(batch)
             if batch is not self._batch:
                 self._arrange(batch)
             part = self._parts[step % self._plan.steps_per_batch % self._plan.steps_per_pass]
-            micro_batches = [collate(samples, self._layout) for samples in self._mine(part)]
+            mine = self._mine(part)
+            micro_batches = [collate(samples, self._layout) for samples in mine]
             self.num_micro_batches = len(micro_batches)
-            for micro_batch in micro_batches:
-                yield {"micro_batch": micro_batch}
+            for micro_batch, samples in zip(micro_batches, mine, strict=True):
+                yield {"micro_batch": micro_batch, "samples": samples}
+
+    def hear(self, samples: list[Sample], logprobs_T: Tensor) -> None:
+        """The learner's log-probabilities of a micro-batch, of which those of shown samples are kept."""
+        if self._heard is not None:
+            self._heard.take(samples, logprobs_T)
+
+    def shown_logprobs(self) -> dict[int, list[np.ndarray]]:
+        """After the first step on a batch, on every rank: for the places of `StepBatch.shown`, of each training row the
+        trained tokens' log-probabilities under the policy of that step, float32. Empty after the other steps."""
+        if self._batch is None or self._batch.is_reused or not self._shown:
+            return {}
+        if self._heard is None:
+            return {
+                place: [s.old_logprobs for s in rows if s.old_logprobs is not None]
+                for place, rows in self._shown.items()
+            }
+        ends = iter(self._heard.split(self._heard.of_all(self._ranks)))
+        return {place: [next(ends) for _ in rows] for place, rows in self._shown.items()}
 
     def open_batch(self) -> tuple[StepBatch, np.ndarray] | None:
         """Between two steps on one batch: that, and its old log-probabilities, float32, of all trained tokens in the
@@ -281,23 +309,20 @@ class RolloutStream:
                 self._old = self._score(episodes, order)
             ends = iter(np.split(self._old, np.cumsum([s.num_trained for rows in episodes for s in rows])[:-1]))
             episodes = [[replace(sample, old_logprobs=next(ends)) for sample in rows] for rows in episodes]
+        self._shown = {place: episodes[place] for place in batch.shown(self._config.samples_per_step)}
+        if self._shown and self._plan.steps_per_batch == 1:
+            self._heard = RowLogprobs(sample for rows in self._shown.values() for sample in rows)
         self._batch = batch
         self._parts = _parts(episodes, order, parts)
 
     def _score(self, episodes: list[list[Sample]], order: np.ndarray) -> np.ndarray:
         """The old log-probabilities of all ranks' samples, one after the other."""
         assert self._old_logprobs is not None
-        samples = [sample for rows in episodes for sample in rows]
-        starts = np.cumsum([0, *(sample.num_trained for sample in samples)])
-        start_of = {id(sample): int(start) for sample, start in zip(samples, starts, strict=False)}
-        old = torch.zeros(int(starts[-1]))
+        old = RowLogprobs(sample for rows in episodes for sample in rows)
         for part in _parts(episodes, order, self._plan.steps_per_pass):
             for mine in self._mine(part):
-                scored = torch.split(self._old_logprobs(collate(mine, self._layout)), [s.num_trained for s in mine])
-                for sample, values in zip(mine, scored, strict=True):
-                    if len(values):
-                        old[start_of[id(sample)] : start_of[id(sample)] + len(values)] = values
-        return self._ranks.sum_(old).numpy()
+                old.take(mine, self._old_logprobs(collate(mine, self._layout)))
+        return old.of_all(self._ranks)
 
     def _mine(self, part: list[Sample]) -> list[list[Sample]]:
         """This rank's micro-batches of one step."""

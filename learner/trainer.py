@@ -50,7 +50,7 @@ def loss_options(config: Config) -> LossOptions:
 
 class GRPOTrainer(Trainer):
     """Trains `model` on what `stream` yields. `feed_state` tells, on rank 0, what a checkpoint keeps of the feed: the
-    `weight_version` that is published, and the `ledger`."""
+    `weight_version` that is published, and the `ledger`. `on_trained` is called on every rank after an optimizer step."""
 
     def __init__(
         self,
@@ -64,6 +64,7 @@ class GRPOTrainer(Trainer):
         feed_state: Callable[[], Mapping[str, Any]],
         save_open_batch: Callable[[Path], None],
         callbacks: list[TrainerCallback],
+        on_trained: Callable[[], None] = lambda: None,
     ):
         super().__init__(model=model, args=arguments, processing_class=tokenizer, callbacks=callbacks)
         self._config, self._ranks, self._options = config, ranks, loss_options(config)
@@ -73,7 +74,7 @@ class GRPOTrainer(Trainer):
             from trl.models.activation_offloading import get_act_offloading_ctx_manager  # slow to import
 
             self._offloading = get_act_offloading_ctx_manager(self.model)
-        self._feed_state, self._save_open_batch = feed_state, save_open_batch
+        self._feed_state, self._save_open_batch, self._on_trained = feed_state, save_open_batch, on_trained
         self._loss_metrics = LossMetrics.zero()
         self._bonus, self._entropy_sum, self._num_entropy_tokens = EntropyBonus.of(config), torch.zeros(()), 0
         self._step_metrics: dict[str, list[float]] = {}
@@ -117,6 +118,7 @@ class GRPOTrainer(Trainer):
         times = replace(self._times_before, step_s=step_s, fwd_bwd_s=now - self._training_began)
         self._step_times.append(replace(times, processes=float(self._ranks.size)))
         self._step_ended = now
+        self._on_trained()
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
@@ -180,6 +182,7 @@ class GRPOTrainer(Trainer):
         high_entropy_T, entropy_weight = inputs.get("high_entropy_T"), inputs.get("entropy_weight", 0.0)
         temperature = self._config.trl.temperature
         logprobs_T, entropies_T = completion_logprobs(model, batch, temperature, entropy_gradient=entropy_weight != 0)
+        self.stream.hear(inputs["samples"], logprobs_T)
         assert entropies_T is not None
         ref_logprobs_T = None
         if self._config.trl.beta > 0:

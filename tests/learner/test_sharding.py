@@ -92,6 +92,19 @@ def test_two_processes_with_half_of_the_model_each_train_what_one_does(folder: P
     two = lines(folder / name / output / "metrics.jsonl")
     for metric in ("loss", "grad_norm", "entropy", "reward"):
         assert [r[metric] for r in two] == pytest.approx([r[metric] for r in one], rel=1e-4, abs=1e-6)
+    learner_one, learner_two = (
+        {
+            (s["step"], s["prompt"], s["index"], row): values["learner_logprobs"]
+            for s in lines(folder / name / run / "samples.jsonl")
+            for row, values in enumerate(s["rows"])
+            if s["step"] > first
+        }
+        for run in ("one", output)
+    )
+    assert learner_two.keys() == learner_one.keys()
+    assert len(learner_two) >= 8
+    for key, values in learner_one.items():
+        assert learner_two[key] == pytest.approx(values, abs=1e-3)
     if name == "whole":
         assert [r["entropy_coef"] for r in two] == pytest.approx([0.3, 0.4, 0.5, 0.6][first:])
     if "trl" in RUNS[name]:

@@ -11,11 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlx.config import Config, make_plan
-from rlx.episode import Episode, Row
+from rlx.episode import CONTEXT, Episode, Row
 from rlx.errors import ServiceError
 from rlx.learner.batching import MicroBatch
 from rlx.learner.data import Prompt
 from rlx.learner.ranks import Ranks
+from rlx.learner.report import sample_records
 from rlx.learner.step_metrics import step_metrics
 from rlx.learner.stream import (
     Fetched,
@@ -96,6 +97,23 @@ def test_a_step_becomes_micro_batches_with_the_groups_advantages():
         1: round(expected, 4), 2: round(-expected, 4), 3: round(-expected, 4), 4: round(expected, 4)
     }  # fmt: skip
     assert torch.cat([b.weights_T for b in of_first]).sum().item() == pytest.approx(1.0)
+
+
+def test_context_and_what_was_not_trained_has_no_log_probability_of_the_learner() -> None:
+    """Of four completions three are shown; the second has unusable log-probabilities, the third context inside."""
+    found = group("0", [1.0, 0.0, 0.0, 1.0], [1, 2, 5, 4])
+    found.episodes[1].rows[0].logprobs[0] = np.inf
+    inside = np.array([-0.5, np.nan, np.nan, -0.5, -0.5], np.float32)
+    spoken = Row(np.arange(5, dtype=np.int32), inside, ((1, 1), (CONTEXT, 2), (2, 2)))
+    object.__setattr__(found.episodes[2], "rows", (spoken,))
+    settings, seen = config().model_copy(update={"samples_per_step": 3}), list[StepBatch]()
+    stream = make_stream(settings, lambda step: Fetched((step,), [found]), seen.append, steps=1)
+    for item in stream:
+        ids_T = item["micro_batch"].target_ids_T
+        stream.hear(item["samples"], -ids_T.float())
+    written = [sample["rows"][0] for sample in sample_records(seen[0], 3, stream.shown_logprobs())]
+    assert [row.get("learner_logprobs") for row in written] == [[0.0], None, [0.0, None, None, -3.0, -4.0]]
+    assert all("learner_logprobs" not in s["rows"][0] for s in sample_records(seen[0], 4, {}))
 
 
 def test_a_batch_for_several_steps_is_cut_once_and_scored_before_the_first_of_them():
