@@ -49,8 +49,7 @@ def run_main(config: Config, overrides: list[str], num_processes: int, *, progra
         layout = plan_layout(this_machine(), config, num_processes)
         if layout.resource == "GPU":
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(layout.learner_gpus)
-    if sys.stdout.isatty():
-        environment[SERVICE_LOG] = str(_log_path(config).absolute())
+    environment[SERVICE_LOG] = str(_log_path(config).absolute())
     return with_service(config, overrides, learner, say_when_ready, environment, program=program)
 
 
@@ -97,7 +96,7 @@ class _Run:
             return 128 + self._interrupted
         if say_when_ready:
             say(say_when_ready)
-        self._learner_shows_service = SERVICE_LOG in (environment or {})
+        self._learner_shows_service = sys.stdout.isatty() and SERVICE_LOG in (environment or {})
         self._learner = self._start(*command, env=environment)
         while self._learner.poll() is None and service.poll() is None and time.monotonic() < self._give_up_at:
             time.sleep(_POLL_S)

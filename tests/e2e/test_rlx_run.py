@@ -79,7 +79,8 @@ def test_ctrl_c_in_training_ends_everything(runs):
     assert run.wait(45) == 130
     assert run.left() == []
     assert not answers(run)
-    assert re.match(r"(step \d+/|    \S+: learner waited )", run.output.splitlines()[-1]), run.output
+    kept = r"stopped by Ctrl-C; .+/checkpoint-\d+ is kept\. To go on: rlx run run\.yaml --num-processes 2 "
+    assert re.match(kept, run.output.splitlines()[-1]), run.output
 
 
 def answers(run: Rlx) -> bool:
