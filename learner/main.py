@@ -75,7 +75,7 @@ def _train(job: Job, client: RolloutClient | None, is_first: bool) -> None:
 
         ranks.from_first(finish)
         failed = False
-    except BaseException as error:
+    except BaseException as error:  # whatever ended the run is an event of it, and is raised again
         if first is not None:
             first.journal.run_failed(error)
         elif not isinstance(error, StoppedByRankZero):

@@ -73,7 +73,8 @@ class RecordFiles:
     def close(self, timeout_s: float) -> None:
         """Write what was put, and end the thread; nothing may be put after it."""
         if self.flush(timeout_s) and self._thread is not None:
-            self._queue.put(None)
+            with contextlib.suppress(queue.Full):  # the thread ends with the process
+                self._queue.put(None, timeout=timeout_s)
             self._thread.join(timeout_s)
 
     def keep_to(self, name: str, last_step: int | None) -> None:

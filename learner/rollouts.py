@@ -165,7 +165,7 @@ def connect(config: Config, plan: Plan, console: Console) -> RolloutClient:
     )
     try:
         client.wait_until_ready(config.trl.vllm_server_timeout, say_waiting(config, console))
-    except BaseException:
+    except BaseException:  # whatever it was, nobody gets the client to close it
         client.close()
         raise
     return client

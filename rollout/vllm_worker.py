@@ -101,6 +101,7 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo
 
     def receive_weights(self, update_info: FileUpdateInfo) -> None:
         staging, self._staging = self._staging, None
+        # as long as it takes: the gateway bounds the whole update, and restarts a worker that does not answer
         opened = staging.result() if staging is not None else None
         if opened is None or opened.info != update_info:
             opened = self._open(update_info, False)
