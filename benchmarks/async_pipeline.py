@@ -42,13 +42,13 @@ from trace_engine import FIRST_TICKET, Decode, Trace, TraceEngine, floor_s, make
 from rlx.config import Config, make_plan
 from rlx.envs.single_turn import SingleTurn
 from rlx.errors import ServiceUnavailable
-from rlx.learner.courier import Waits
-from rlx.learner.data import Prompt
-from rlx.learner.feed import Feed
-from rlx.learner.ledger import Ledger, Rules
-from rlx.learner.publish import Publisher
+from rlx.learner.incoming.courier import Waits
+from rlx.learner.incoming.data import Prompt
+from rlx.learner.incoming.feed import Feed
+from rlx.learner.incoming.ledger import Ledger, Rules
+from rlx.learner.incoming.stream import RolloutStream, StepBatch, has_spread, prompt_order, ticket_request
 from rlx.learner.ranks import Ranks
-from rlx.learner.stream import RolloutStream, StepBatch, has_spread, prompt_order, ticket_request
+from rlx.learner.weights.publish import Publisher
 from rlx.rollout.app import create_app
 from rlx.rollout.client import RolloutClient
 from rlx.rollout.engine_worker import EngineWorker

@@ -31,7 +31,7 @@ from service import QUICKSTART, print_versions
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from rlx.learner.publish import Packed, pack
+from rlx.learner.weights.publish import Packed, pack
 from rlx.rollout import delta
 
 RATES = (1e-6, 1e-5, 1e-4)

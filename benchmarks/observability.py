@@ -63,11 +63,11 @@ class Switch:
         self._cpu = time.process_time()
 
     def install(self) -> None:
-        from rlx.learner.journal import Journal
-        from rlx.learner.observer import Observer
-        from rlx.learner.records import RecordFiles
-        from rlx.learner.report import RunFiles
-        from rlx.learner.trackers import Trackers
+        from rlx.learner.watch.journal import Journal
+        from rlx.learner.watch.observer import Observer
+        from rlx.learner.watch.records import RecordFiles
+        from rlx.learner.watch.report import RunFiles
+        from rlx.learner.watch.trackers import Trackers
 
         for name in ("event", "took", "published", "saved", "flush", "add"):
             self._count(Journal, name, "training", f"journal.{name}", optional=True)

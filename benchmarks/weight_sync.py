@@ -129,8 +129,8 @@ def measure(url: str, model: Any, repeats: int, folder: Path) -> dict[str, Any]:
     """Medians in seconds. `folder` is on disk."""
     import torch
 
-    from rlx.learner.handoff import Buffers
-    from rlx.learner.publish import Publisher, pack
+    from rlx.learner.weights.handoff import Buffers
+    from rlx.learner.weights.publish import Publisher, pack
 
     torch.set_num_threads(1)  # as a learner on a CPU
     moved = [torch.rand(p.numel()) < CHANGED for p in model.parameters()]

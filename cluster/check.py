@@ -63,7 +63,7 @@ def _check_data(config: Config, found: _Findings) -> tuple[dict[str, Any] | None
     import datasets
 
     from rlx.hub import located
-    from rlx.learner.data import encode_prompt, first_row
+    from rlx.learner.incoming.data import encode_prompt, first_row
     from rlx.tokenizer import load_tokenizer
 
     datasets.disable_progress_bars()
@@ -107,8 +107,8 @@ def _check_data(config: Config, found: _Findings) -> tuple[dict[str, Any] | None
 def _check_adapter(config: Config, found: _Findings) -> None:
     if config.adapter is None:
         return
-    from rlx.learner.adapters import check_folder
-    from rlx.learner.quantized import check_installed
+    from rlx.learner.policy.adapters import check_folder
+    from rlx.learner.policy.quantized import check_installed
 
     try:
         check_installed(config)

@@ -34,7 +34,7 @@ def trivial_cases(config: Config, rows: int, answer_column: str | None) -> list[
     """For each of the first rows of the data set: no text, the prompt, the answer where there is one, a long text."""
     import datasets
 
-    from rlx.learner.data import first_rows
+    from rlx.learner.incoming.data import first_rows
     from rlx.tokenizer import load_tokenizer
 
     datasets.disable_progress_bars()

@@ -25,8 +25,8 @@ def rollout_test_main(config: Config, overrides: list[str], row: int) -> int:
         return with_service(config, overrides, ("rollout", "test", str(config.path), "--row", str(row)))
     import datasets
 
-    from rlx.learner.data import prompt_at
-    from rlx.learner.stream import sampling_of
+    from rlx.learner.incoming.data import prompt_at
+    from rlx.learner.incoming.stream import sampling_of
     from rlx.rollout.auth import service_token
     from rlx.rollout.client import ClientTimeouts, RolloutClient
     from rlx.tokenizer import load_tokenizer

@@ -26,7 +26,7 @@ from rlx.config import Config
 from rlx.config.trackers import check_trackers
 from rlx.errors import DeadlineExceeded
 from rlx.learner.launch import train_main
-from rlx.learner.live import SERVICE_LOG
+from rlx.learner.watch.live import SERVICE_LOG
 from rlx.processes import die_with_parent, kill_tree, stop_process
 
 RLX = (sys.executable, "-u", "-m", "rlx.cli")

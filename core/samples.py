@@ -3,7 +3,7 @@
     samples.jsonl, from its end ──► lines_backwards ──► Reader (counts what is no sample) ──► chosen
 
 The file is never held in memory: the newest samples are at its end, and the best and worst pass through a heap. The
-record is what `rlx.learner.report` writes; of it a `Sample` keeps what is shown.
+record is what `rlx.learner.watch.report` writes; of it a `Sample` keeps what is shown.
 """
 
 from __future__ import annotations

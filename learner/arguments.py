@@ -8,8 +8,8 @@ import torch
 from transformers import TrainingArguments
 
 from rlx.config import Config
-from rlx.learner.sharding import arguments as sharding_arguments
-from rlx.learner.sharding import process_group_backend
+from rlx.learner.policy.sharding import arguments as sharding_arguments
+from rlx.learner.policy.sharding import process_group_backend
 
 
 class _Arguments(TrainingArguments):

@@ -9,8 +9,8 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from rlx.config import Config, Plan, make_plan
-from rlx.learner.checkpoints import ResumePoint, find_resume_point
-from rlx.learner.data import Prompt, PromptSet, load_prompts
+from rlx.learner.incoming.data import Prompt, PromptSet, load_prompts
+from rlx.learner.policy.checkpoints import ResumePoint, find_resume_point
 from rlx.tokenizer import load_tokenizer
 
 PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "soft_wrap": True}

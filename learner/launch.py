@@ -19,9 +19,9 @@ from typing import Protocol
 from rlx.config import Config, make_plan
 from rlx.config.trackers import check_trackers
 from rlx.hub import check_in_reach
-from rlx.learner.kept import newest
-from rlx.learner.live import SERVICE_LOG
-from rlx.learner.records import append_event, event_record
+from rlx.learner.policy.kept import newest
+from rlx.learner.watch.live import SERVICE_LOG
+from rlx.learner.watch.records import append_event, event_record
 from rlx.processes import start_of
 
 _SCRATCH = "rlx-learner-"

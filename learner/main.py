@@ -16,24 +16,24 @@ from rich.console import Console
 from torch import nn
 
 from rlx.config import Config
-from rlx.learner.adapters import base_of, reference_model, with_adapter
 from rlx.learner.arguments import training_arguments
-from rlx.learner.batching import Layout
-from rlx.learner.checkpoints import check_model
-from rlx.learner.forward import prepare
+from rlx.learner.incoming.recording import Codec
+from rlx.learner.incoming.rollouts import connect, longest_step_s
+from rlx.learner.incoming.stream import Fetched, RolloutStream, StepBatch
 from rlx.learner.job import Job, make_job
-from rlx.learner.journal import Journal
-from rlx.learner.model import load_model
-from rlx.learner.phases import PhaseSpans
-from rlx.learner.progress import FailureNotes
+from rlx.learner.microbatches.batching import Layout
+from rlx.learner.microbatches.forward import prepare
+from rlx.learner.policy.adapters import base_of, reference_model, with_adapter
+from rlx.learner.policy.checkpoints import check_model
+from rlx.learner.policy.model import load_model
+from rlx.learner.policy.sharding import check_device, device_notes
 from rlx.learner.rank_zero import RankZero, jobs_for_rank_zero
 from rlx.learner.ranks import Ranks, StoppedByRankZero
-from rlx.learner.recording import Codec
-from rlx.learner.records import append_event, failure_record
-from rlx.learner.rollouts import connect, longest_step_s
-from rlx.learner.sharding import check_device, device_notes
-from rlx.learner.stream import Fetched, RolloutStream, StepBatch
 from rlx.learner.trainer import GRPOTrainer, StepClock
+from rlx.learner.watch.journal import Journal
+from rlx.learner.watch.phases import PhaseSpans
+from rlx.learner.watch.progress import FailureNotes
+from rlx.learner.watch.records import append_event, failure_record
 from rlx.rollout.client import RolloutClient
 
 

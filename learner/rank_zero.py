@@ -18,28 +18,28 @@ import torch
 from torch import nn
 
 from rlx.config import Config
-from rlx.learner.checkpoints import save_final
+from rlx.learner.incoming.recording import Codec, Recorder, Replay
+from rlx.learner.incoming.rollouts import Rollouts
+from rlx.learner.incoming.stream import StepBatch
 from rlx.learner.job import Job
-from rlx.learner.journal import Journal
-from rlx.learner.model import saved_dtype
-from rlx.learner.observer import Observer
-from rlx.learner.parity import make_probe
-from rlx.learner.progress import ProgressReport
-from rlx.learner.publish import join_snapshot
+from rlx.learner.policy.checkpoints import save_final
+from rlx.learner.policy.model import saved_dtype
+from rlx.learner.policy.sharding import is_sharded, whole_state
 from rlx.learner.ranks import SNAPSHOT, WHOLE_STATE, Ranks
-from rlx.learner.recording import Codec, Recorder, Replay
-from rlx.learner.report import RunFiles, evaluation_table, print_samples
-from rlx.learner.rollouts import Rollouts
-from rlx.learner.run_record import write_run_record
-from rlx.learner.sharding import is_sharded, whole_state
-from rlx.learner.stream import StepBatch
-from rlx.learner.trackers import Trackers
 from rlx.learner.trainer import GRPOTrainer
+from rlx.learner.watch.journal import Journal
+from rlx.learner.watch.observer import Observer
+from rlx.learner.watch.progress import ProgressReport
+from rlx.learner.watch.report import RunFiles, evaluation_table, print_samples
+from rlx.learner.watch.run_record import write_run_record
+from rlx.learner.watch.trackers import Trackers
+from rlx.learner.weights.parity import make_probe
+from rlx.learner.weights.publish import join_snapshot
 from rlx.rollout.auth import service_token
 from rlx.rollout.client import RolloutClient
 
 if TYPE_CHECKING:
-    from rlx.learner.otel import SpanExport
+    from rlx.learner.watch.otel import SpanExport
 
 
 def jobs_for_rank_zero(job: Job, model: nn.Module) -> list[Callable[[], object]]:
@@ -159,7 +159,7 @@ def _span_export(job: Job) -> SpanExport | None:
     if not wants_traces(os.environ):
         return None
     try:
-        from rlx.learner.otel import SpanExport, otlp_exporter
+        from rlx.learner.watch.otel import SpanExport, otlp_exporter
     except ImportError as error:
         job.say(f"note: the environment asks for OpenTelemetry traces, but {error}: pip install 'rlx[otel]'")
         return None

@@ -26,20 +26,20 @@ from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
 from rlx.config import Config
-from rlx.learner.adapters import WEIGHTS, saved_tensors, without_adapter
-from rlx.learner.batching import MicroBatch
-from rlx.learner.bottleneck import StepTimes
-from rlx.learner.checkpoints import clear, seal
-from rlx.learner.entropy import EntropyBonus, high_entropy
-from rlx.learner.kept import CHECKPOINT_MARKER
-from rlx.learner.logprobs import completion_logprobs
-from rlx.learner.loss_metrics import LossMetrics
-from rlx.learner.losses import LossOptions, policy_loss
+from rlx.learner.incoming.stream import RolloutStream, StepBatch
+from rlx.learner.microbatches.batching import MicroBatch
+from rlx.learner.microbatches.logprobs import completion_logprobs
+from rlx.learner.objective.entropy import EntropyBonus, high_entropy
+from rlx.learner.objective.loss_metrics import LossMetrics
+from rlx.learner.objective.losses import LossOptions, policy_loss
+from rlx.learner.policy.adapters import WEIGHTS, saved_tensors, without_adapter
+from rlx.learner.policy.checkpoints import clear, seal
+from rlx.learner.policy.kept import CHECKPOINT_MARKER
+from rlx.learner.policy.reference import load_reference, mix_into, save_reference
+from rlx.learner.policy.sharding import load_whole, prepare_fsdp, shard, whole_state
 from rlx.learner.ranks import Ranks
-from rlx.learner.reference import load_reference, mix_into, save_reference
-from rlx.learner.sharding import load_whole, prepare_fsdp, shard, whole_state
-from rlx.learner.step_metrics import mean, step_metrics
-from rlx.learner.stream import RolloutStream, StepBatch
+from rlx.learner.watch.bottleneck import StepTimes
+from rlx.learner.watch.step_metrics import mean, step_metrics
 
 
 def loss_options(config: Config) -> LossOptions:

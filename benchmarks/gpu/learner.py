@@ -24,10 +24,10 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from rlx.config import Config
-from rlx.learner.batching import Sample, collate, split
-from rlx.learner.forward import prepare
-from rlx.learner.logprobs import completion_logprobs
-from rlx.learner.losses import LossOptions, policy_loss, token_weights
+from rlx.learner.microbatches.batching import Sample, collate, split
+from rlx.learner.microbatches.forward import prepare
+from rlx.learner.microbatches.logprobs import completion_logprobs
+from rlx.learner.objective.losses import LossOptions, policy_loss, token_weights
 
 SHAPES = {
     "toy": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 500},

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlx.learner.head import score
+from rlx.learner.microbatches.head import score
 
 HIDDEN, TEMPERATURE = 256, 0.9
 

@@ -29,10 +29,10 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from rlx.config import Config
-from rlx.learner.batching import Sample, collate, num_tokens, split
-from rlx.learner.forward import prepare
-from rlx.learner.logprobs import completion_logprobs
-from rlx.learner.losses import LossOptions, policy_loss, token_weights
+from rlx.learner.microbatches.batching import Sample, collate, num_tokens, split
+from rlx.learner.microbatches.forward import prepare
+from rlx.learner.microbatches.logprobs import completion_logprobs
+from rlx.learner.objective.losses import LossOptions, policy_loss, token_weights
 
 Step = Callable[[], tuple[float, int]]
 """Runs the step; the loss and the tokens forwarded"""

@@ -4,5 +4,5 @@
     output_dir/*.jsonl, followed by offset ─► FolderRun (`rlx view OUT`) ───────┴► app.py: JSON routes ─► page/: the page
                                                        └─► report.py: one HTML file
 
-Not here: what a run records (`rlx.learner.report`, the service's events), the terminal (`rlx.sample_view`).
+Not here: what a run records (`rlx.learner.watch.report`, the service's events), the terminal (`rlx.sample_view`).
 """

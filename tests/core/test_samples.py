@@ -22,7 +22,7 @@ from rlx.samples import Query, Reader, Sample, chosen, lines_backwards, parse_st
 
 
 def record(step: int = 1, **changes: Any) -> dict[str, Any]:
-    """As `rlx.learner.report` writes it."""
+    """As `rlx.learner.watch.report` writes it."""
     return {
         "step": step,
         "key": f"run/{step}/0",

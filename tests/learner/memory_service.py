@@ -19,7 +19,7 @@ from torch import nn
 
 from rlx.episode import Episode, Row
 from rlx.errors import GroupCancelled, RlxError, ServiceUnavailable, SessionReplaced
-from rlx.learner.publish import Packed, PublishTimes
+from rlx.learner.weights.publish import Packed, PublishTimes
 from rlx.wire import GroupRequest, GroupResult, RewardOutcome, Sampling
 
 

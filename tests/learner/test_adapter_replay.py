@@ -10,9 +10,9 @@ import torch
 from fake_service import ScriptedWorker, Served, config_for, serve, write_run
 from safetensors.torch import load_file
 
-from rlx.learner.adapters import WEIGHTS
+from rlx.learner.incoming.recording import OPEN_BATCH
 from rlx.learner.main import train
-from rlx.learner.recording import OPEN_BATCH
+from rlx.learner.policy.adapters import WEIGHTS
 
 NOBODY = Served(ScriptedWorker(), port=1)
 """Where no service is"""

@@ -12,8 +12,8 @@ from fake_service import TOKEN, ScriptedWorker, config_for, length_reward, lines
 from rlx.config import load_config
 from rlx.episode import Episode
 from rlx.errors import ConfigError
-from rlx.learner.checkpoints import find_resume_point
 from rlx.learner.main import train
+from rlx.learner.policy.checkpoints import find_resume_point
 from rlx.wire import Completion, GroupRequest, Sampling
 
 pytestmark = pytest.mark.slow

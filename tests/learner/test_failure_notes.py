@@ -8,7 +8,7 @@ import numpy as np
 from rich.console import Console
 
 from rlx.episode import Episode, Row
-from rlx.learner.progress import FailureNotes
+from rlx.learner.watch.progress import FailureNotes
 from rlx.wire import GroupResult, RewardOutcome
 
 ROW = Row(np.array([1], np.int32), np.array([-0.5], np.float32), ((1, 1),))

@@ -17,9 +17,9 @@ from learner_process import LIMIT_S, run, start
 from safetensors.torch import load
 from torch import nn
 
-from rlx.learner import rollouts
+from rlx.learner.incoming import rollouts
+from rlx.learner.incoming.stream import Fetched
 from rlx.learner.main import train
-from rlx.learner.stream import Fetched
 
 pytestmark = pytest.mark.slow
 

@@ -21,8 +21,9 @@ from policy_service import WORDS, PolicyWorker, make_word_model
 from transformers import AutoModelForCausalLM
 
 from rlx.episode import Episode
-from rlx.learner import batching, stream
+from rlx.learner.incoming import stream
 from rlx.learner.main import train
+from rlx.learner.microbatches import batching
 from rlx.wire import GroupRequest, Sampling
 
 pytestmark = pytest.mark.slow

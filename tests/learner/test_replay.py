@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from tiny_models import make_tiny_model
 
 from rlx.errors import ConfigError, DatasetError
-from rlx.learner.kept import CHECKPOINT_MARKER
+from rlx.learner.incoming.recording import OPEN_BATCH
 from rlx.learner.main import train
-from rlx.learner.recording import OPEN_BATCH
+from rlx.learner.policy.kept import CHECKPOINT_MARKER
 from rlx.processes import descendants
 
 pytestmark = pytest.mark.slow

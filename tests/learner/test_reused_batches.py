@@ -11,7 +11,7 @@ from fake_service import config_for, lines, serve, write_run
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from rlx.learner.ledger import Ledger, Rules
+from rlx.learner.incoming.ledger import Ledger, Rules
 from rlx.learner.main import train
 
 pytestmark = pytest.mark.slow

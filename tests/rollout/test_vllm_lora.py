@@ -18,9 +18,9 @@ from weight_updates import PROMPT, reference_logprobs, train_a_little
 from rlx.config import Config, load_config
 from rlx.config.lora import LORA_RANKS
 from rlx.errors import WeightSyncError
-from rlx.learner.adapters import with_adapter, without_adapter
-from rlx.learner.model import load_model
-from rlx.learner.publish import Packed, pack
+from rlx.learner.policy.adapters import with_adapter, without_adapter
+from rlx.learner.policy.model import load_model
+from rlx.learner.weights.publish import Packed, pack
 from rlx.wire import Sampling, WeightManifest
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.vllm, pytest.mark.slow]

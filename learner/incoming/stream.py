@@ -1,0 +1,363 @@
+"""The stream: the learner's data set, one optimizer step of scored groups at a time.
+
+    rank 0   feed: the step's tickets and their groups ─┐ one frame per group
+    all      ◄──────────────── broadcast ──────────────┘
+             advantages and token weights of the whole step → own micro-batches → Trainer
+
+Several steps train on one batch where `num_iterations` or `steps_per_generation` say so; the first of them asks the
+present policy for the old log-probabilities.
+
+Consumes: batches of the feed. Waits for: the feed (rank 0), as long as that allows; rank 0 (the others), at most the
+process group's timeout. Unblocked by: the groups of the step, or an error, which rank 0 passes on. Produces:
+micro-batches. Which prompt a ticket is, is a function of seed and ticket alone: `PromptOrder`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor
+
+from rlx.config import Config, Plan
+from rlx.episode import Episode, Row
+from rlx.learner.incoming.data import Prompt
+from rlx.learner.microbatches.batching import PADDED, Layout, MicroBatch, Sample, collate, split
+from rlx.learner.microbatches.row_logprobs import RowLogprobs
+from rlx.learner.objective.advantages import AdvantageOptions, Advantages, group_advantages, weighted_rewards
+from rlx.learner.objective.losses import token_weights
+from rlx.learner.ranks import Ranks
+from rlx.learner.watch.bottleneck import StepTimes
+from rlx.wire import GroupRequest, GroupResult, Sampling
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """What rank 0 brings for one step, in ticket order. `metrics` by their names in metrics.jsonl."""
+
+    tickets: tuple[int, ...]
+    groups: list[GroupResult]
+    times: StepTimes = field(default_factory=StepTimes)
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """What one optimizer step trains on: the groups of all ranks, in ticket order."""
+
+    step: int
+    prompts: list[Prompt]
+    groups: list[GroupResult]
+    advantages: Advantages
+    rewards_BF: np.ndarray
+    tickets: tuple[int, ...] = ()
+    times: StepTimes = field(default_factory=StepTimes)
+    """Rank 0's split of the time before training; `trainer.py` adds the rest. Of zeros on the other ranks."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """More of rank 0's, by their names in metrics.jsonl"""
+    is_reused: bool = False
+    """Whether a step before trained on these groups, too (`num_iterations`, `steps_per_generation`)"""
+
+    @property
+    def episodes(self) -> list[Episode]:
+        return [episode for group in self.groups for episode in group.episodes]
+
+    def shown(self, count: int) -> list[int]:
+        """Places in `episodes` of the first `count`, spread over the groups, ascending: those with a sample record."""
+        size, total = len(self.groups[0].episodes), len(self.groups) * len(self.groups[0].episodes)
+        return sorted(sorted(range(total), key=lambda i: (i % size, i // size))[:count])
+
+
+class PromptOrder:
+    """Which prompt a ticket is: epoch after epoch, each a permutation of all prompts, without a gap between them."""
+
+    def __init__(self, num_prompts: int, seed: int, shuffle: bool):
+        self._num_prompts, self._seed, self._shuffle = num_prompts, seed, shuffle
+        self._epoch_of = lru_cache(maxsize=4)(self._epoch)
+
+    def at(self, ticket: int) -> int:
+        """Index of the prompt of `ticket`, counted from 0."""
+        epoch, within = divmod(ticket, self._num_prompts)
+        return int(self._epoch_of(epoch)[within])
+
+    def _epoch(self, epoch: int) -> np.ndarray:
+        order = np.arange(self._num_prompts)
+        return np.random.default_rng([self._seed, epoch]).permutation(order) if self._shuffle else order
+
+
+def prompt_order(config: Config, num_prompts: int) -> PromptOrder:
+    return PromptOrder(num_prompts, config.seed, config.trl.shuffle_dataset and config.shuffle_merged_datasets)
+
+
+def reward_names(group: GroupResult) -> list[str]:
+    """The reward functions by the last part of their dotted names, or by the whole where those are not distinct."""
+    whole = [outcome.name for outcome in group.rewards]
+    short = [name.rpartition(".")[2].rpartition(":")[2] for name in whole]
+    return short if len(set(short)) == len(short) else whole
+
+
+def rewards_of(groups: list[GroupResult]) -> np.ndarray:
+    """Rewards [B, F] of all episodes, group after group; NaN for None."""
+    return np.concatenate([np.stack([r.values for r in group.rewards], axis=1) for group in groups])
+
+
+def reward_weights_of(config: Config, rewards_BF: np.ndarray) -> torch.Tensor:
+    """One weight [F] per column of rewards: `trl.reward_weights`, and 1 for the episodes' own reward without one."""
+    given = config.trl.reward_weights or []
+    return torch.tensor([*given, *[1.0] * (rewards_BF.shape[1] - len(given))])
+
+
+def known_logprobs(episode: Episode) -> bool:
+    """Whether all sampled tokens have a log-probability. Where one is NaN or infinite, the worker was broken, and the
+    episode is not trained; its reward stays in the group's baseline."""
+    return all(bool(np.isfinite(row.logprobs[row.mask]).all()) for row in episode.rows)
+
+
+def has_spread(config: Config, group: GroupResult) -> bool:
+    """Whether the completions of `group` differ in their reward; without that there is nothing to learn from it."""
+    rewards_GF = torch.from_numpy(rewards_of([group]))
+    if not config.normalizes_each_reward:
+        rewards_GF = weighted_rewards(rewards_GF, reward_weights_of(config, rewards_GF.numpy()))[:, None]
+    columns = [column[~column.isnan()] for column in rewards_GF.T]
+    return any(column.numel() and bool(column.max() - column.min() > _SAME) for column in columns)
+
+
+def advantage_options(config: Config) -> AdvantageOptions:
+    trl = config.trl
+    return AdvantageOptions(trl.advantage_estimator, trl.scale_rewards, config.normalizes_each_reward)
+
+
+def sampling_of(config: Config) -> Sampling:
+    """The sampling parameters of `trl:`."""
+    trl = config.trl
+    extra = dict(trl.generation_kwargs)
+    stop = extra.pop("stop", None) or ()
+    return Sampling(
+        max_tokens=trl.max_completion_length,
+        temperature=trl.temperature,
+        top_p=trl.top_p,
+        top_k=max(trl.top_k, 0),
+        min_p=trl.min_p or 0.0,
+        repetition_penalty=trl.repetition_penalty,
+        stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        regex=trl.regex,
+        extra=extra,
+    )
+
+
+def request_of(config: Config, prompt: Prompt, key: str, step: int, n: int, seed_of: str) -> GroupRequest:
+    """One prompt's request. `seed_of`: what the environments' seed is made of, with the run's."""
+    return GroupRequest(
+        key=key,
+        prompt=prompt.prompt,
+        prompt_ids=prompt.ids,
+        num_generations=n,
+        sampling=sampling_of(config),
+        columns=prompt.columns,
+        step=step,
+        deadline_s=config.group_deadline_s,
+        seed=xxhash.xxh64_intdigest(f"{config.seed}/{seed_of}".encode()) % 2**31,
+    )
+
+
+def requests_of(
+    config: Config, prompts: list[Prompt], session: str, step: int, label: str, n: int
+) -> list[GroupRequest]:
+    """One request per prompt, with keys that name session, label, step and place: those of an evaluation."""
+    places = [f"{label}{step}/{index}" for index in range(len(prompts))]
+    return [
+        request_of(config, prompt, f"{session}/{place}", step, n, place)
+        for prompt, place in zip(prompts, places, strict=True)
+    ]
+
+
+def ticket_request(
+    config: Config, plan: Plan, prompts: list[Prompt], order: PromptOrder, session: str, number: int, attempt: int
+) -> GroupRequest:
+    """The request of a ticket. Its seed is that of the ticket: the same for each attempt, and in each run."""
+    step, n = number // plan.prompts_per_batch * plan.steps_per_batch, plan.num_generations
+    key = f"{session}/{number}.{attempt}"
+    return request_of(config, prompts[order.at(number)], key, step, n, str(number))
+
+
+class RolloutStream:
+    """Iterates over the micro-batches of this rank from the trainer's current step to the last.
+
+    `fetch(step)` is called on rank 0 only, once per step, when everything up to that step has been trained. `on_step`
+    sees every StepBatch, on all ranks. Where several steps train on a generation batch, `fetch` brings groups for the
+    first of them and none for the others, `old_logprobs` scores a micro-batch under the policy before the first, and
+    `reopen(step)` brings, on rank 0, the batch and the scores of `open_batch` to a run that was resumed between them.
+
+    `num_micro_batches` are those of the step that is being iterated over.
+    """
+
+    num_micro_batches = 0
+
+    def __init__(
+        self,
+        config: Config,
+        plan: Plan,
+        ranks: Ranks,
+        prompts: list[Prompt],
+        current_step: Callable[[], int],
+        last_step: int,
+        fetch: Callable[[int], Fetched],
+        on_step: Callable[[StepBatch], None],
+        layout: Layout = PADDED,
+        old_logprobs: Callable[[MicroBatch], Tensor] | None = None,
+        reopen: Callable[[int], tuple[Fetched, np.ndarray]] | None = None,
+    ):
+        self._config, self._plan, self._ranks, self._prompts, self._layout = config, plan, ranks, prompts, layout
+        self._current_step, self._last_step = current_step, last_step
+        self._fetch, self._on_step = fetch, on_step
+        self._old_logprobs, self._reopen = old_logprobs, reopen
+        self._batch: StepBatch | None = None
+        self._old: np.ndarray | None = None
+        self._parts: list[list[Sample]] = []
+        self._shown: dict[int, list[Sample]] = {}
+        self._heard: RowLogprobs | None = None
+        self.order = prompt_order(config, len(prompts))
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for step in range(self._current_step(), self._last_step):
+            batch = self._next(step)
+            self._on_step(batch)
+            if batch is not self._batch:
+                self._arrange(batch)
+            part = self._parts[step % self._plan.steps_per_batch % self._plan.steps_per_pass]
+            mine = self._mine(part)
+            micro_batches = [collate(samples, self._layout) for samples in mine]
+            self.num_micro_batches = len(micro_batches)
+            for micro_batch, samples in zip(micro_batches, mine, strict=True):
+                yield {"micro_batch": micro_batch, "samples": samples}
+
+    def hear(self, samples: list[Sample], logprobs_T: Tensor) -> None:
+        """The learner's log-probabilities of a micro-batch, of which those of shown samples are kept."""
+        if self._heard is not None:
+            self._heard.take(samples, logprobs_T)
+
+    def shown_logprobs(self) -> dict[int, list[np.ndarray]]:
+        """After the first step on a batch, on every rank: for the places of `StepBatch.shown`, of each training row the
+        trained tokens' log-probabilities under the policy of that step, float32. Empty after the other steps."""
+        if self._batch is None or self._batch.is_reused or not self._shown:
+            return {}
+        if self._heard is None:
+            return {
+                place: [s.old_logprobs for s in rows if s.old_logprobs is not None]
+                for place, rows in self._shown.items()
+            }
+        ends = iter(self._heard.split(self._heard.of_all(self._ranks)))
+        return {place: [next(ends) for _ in rows] for place, rows in self._shown.items()}
+
+    def open_batch(self) -> tuple[StepBatch, np.ndarray] | None:
+        """Between two steps on one batch: that, and its old log-probabilities, float32, of all trained tokens in the
+        order of its rows."""
+        if self._batch is None or self._old is None or self._current_step() % self._plan.steps_per_batch == 0:
+            return None
+        return self._batch, self._old
+
+    def _next(self, step: int) -> StepBatch:
+        fetched, is_reused = Fetched((), []), step % self._plan.steps_per_batch > 0
+
+        def fetch() -> list[bytes]:
+            nonlocal fetched
+            fetched = self._fetch(step)
+            if is_reused and self._batch is None:
+                assert self._reopen is not None
+                opened, old = self._reopen(step)
+                return [
+                    json.dumps(opened.tickets).encode(),
+                    old.tobytes(),
+                    *(group.encode() for group in opened.groups),
+                ]
+            return [json.dumps(fetched.tickets).encode(), b"", *(group.encode() for group in fetched.groups)]
+
+        head, old, *frames = self._ranks.from_first(fetch)
+        if is_reused and self._batch is not None:
+            self._batch = replace(self._batch, step=step, times=fetched.times, metrics=fetched.metrics, is_reused=True)
+            return self._batch
+        self._old = np.frombuffer(old, np.float32) if is_reused else None
+        tickets = tuple(json.loads(head))
+        groups = [GroupResult.decode(frame) for frame in frames]
+        rewards_BF = rewards_of(groups)
+        advantages = group_advantages(
+            torch.from_numpy(rewards_BF),
+            reward_weights_of(self._config, rewards_BF),
+            self._plan.num_generations,
+            advantage_options(self._config),
+        )
+        prompts = [self._prompts[self.order.at(ticket)] for ticket in tickets]
+        return StepBatch(
+            step, prompts, groups, advantages, rewards_BF, tickets, fetched.times, fetched.metrics, is_reused
+        )
+
+    def _arrange(self, batch: StepBatch) -> None:
+        """Cut `batch` into one part for each step of a pass; every pass has the same."""
+        episodes, parts = self._samples(batch), self._plan.steps_per_pass
+        order = np.arange(len(episodes))
+        if parts > 1:
+            first = batch.step - batch.step % self._plan.steps_per_batch
+            order = np.random.default_rng([self._config.seed, first]).permutation(order)
+        if self._plan.steps_per_batch > 1:
+            if self._old is None:
+                self._old = self._score(episodes, order)
+            ends = iter(np.split(self._old, np.cumsum([s.num_trained for rows in episodes for s in rows])[:-1]))
+            episodes = [[replace(sample, old_logprobs=next(ends)) for sample in rows] for rows in episodes]
+        self._shown = {place: episodes[place] for place in batch.shown(self._config.samples_per_step)}
+        if self._shown and self._plan.steps_per_batch == 1:
+            self._heard = RowLogprobs(sample for rows in self._shown.values() for sample in rows)
+        self._batch = batch
+        self._parts = _parts(episodes, order, parts)
+
+    def _score(self, episodes: list[list[Sample]], order: np.ndarray) -> np.ndarray:
+        """The old log-probabilities of all ranks' samples, one after the other."""
+        assert self._old_logprobs is not None
+        old = RowLogprobs(sample for rows in episodes for sample in rows)
+        for part in _parts(episodes, order, self._plan.steps_per_pass):
+            for mine in self._mine(part):
+                old.take(mine, self._old_logprobs(collate(mine, self._layout)))
+        return old.of_all(self._ranks)
+
+    def _mine(self, part: list[Sample]) -> list[list[Sample]]:
+        """This rank's micro-batches of one step."""
+        accumulation = self._plan.gradient_accumulation_steps
+        return split(part, self._ranks.size, accumulation, self._config.token_budget, self._layout)[self._ranks.rank]
+
+    def _samples(self, batch: StepBatch) -> list[list[Sample]]:
+        """The rows of each episode, weighted for a step on an equal share of the batch."""
+        trl, episodes = self._config.trl, batch.episodes
+        cut = [trl.mask_truncated_completions and e.truncated for e in episodes]
+        unused = torch.tensor(
+            [not e.scorable or out or not known_logprobs(e) for e, out in zip(episodes, cut, strict=True)]
+        )
+        lengths = torch.tensor([e.num_sampled for e in episodes])
+        weights = token_weights(trl.loss_type, lengths, trl.max_completion_length, unused) * self._plan.steps_per_pass
+        prompt_of = [prompt for prompt, group in zip(batch.prompts, batch.groups, strict=True) for _ in group.episodes]
+        return [
+            [
+                Sample(
+                    prompt.ids if row.prompt_ids is None else row.prompt_ids,
+                    row.ids, row.logprobs, float(advantage), float(weight), bool(masked), row.mask,
+                )
+                for row in episode.rows or (_NO_ROW,)
+            ]
+            for prompt, episode, advantage, weight, masked in zip(
+                prompt_of, episodes, batch.advantages.advantages, weights, unused, strict=True
+            )
+        ]  # fmt: skip
+
+
+def _parts(episodes: list[list[Sample]], order: np.ndarray, count: int) -> list[list[Sample]]:
+    return [[sample for i in chosen for sample in episodes[i]] for chosen in np.split(order, count)]
+
+
+_SAME = 1e-8
+"""Rewards that differ by no more are the same."""
+_NO_ROW = Row(np.empty(0, np.int32), np.empty(0, np.float32), ())
+"""Stands for an episode that failed before it sampled anything."""

@@ -1,0 +1,1 @@
+"""A step's samples as micro-batches, and their log-probabilities under a model."""

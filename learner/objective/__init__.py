@@ -1,0 +1,1 @@
+"""What is optimised: advantages, the policy loss, and what it measures of itself."""

@@ -1,0 +1,1 @@
+"""The policy's way to the workers: packed, handed over, versioned, compared."""
