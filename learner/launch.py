@@ -78,8 +78,9 @@ def train_main(config: Config, overrides: list[str], num_processes: int) -> int:
         failure = first_cause(error.failures.values())
         if message := failure_message(config, failure):
             print(message, file=sys.stderr, flush=True)
-            if failure.exitcode < 0:  # one that fails by itself has said so in the file
-                _write_down(config, message.removeprefix("error: "))
+        if failure.exitcode < 0:  # one that fails by itself has said so in the file
+            _write_down(config, message.removeprefix("error: "))
+            print(what_is_kept(config, overrides, num_processes), file=sys.stderr, flush=True)
         return 128 - failure.exitcode if failure.exitcode < 0 else failure.exitcode or 1
     except SignalException as stopped:
         _give_terminal_back()
@@ -110,15 +111,20 @@ def failure_message(config: Config, failure: Failure) -> str:
 def stopped_message(config: Config, overrides: list[str], num_processes: int, number: int) -> str:
     """What a run that was stopped has kept, and how to go on."""
     how = "Ctrl-C" if number == signal.SIGINT else _name(number)
+    return f"stopped by {how}; {what_is_kept(config, overrides, num_processes)}"
+
+
+def what_is_kept(config: Config, overrides: list[str], num_processes: int) -> str:
+    """Of a run that did not reach its end; and what to type to go on."""
     checkpoint = newest(Path(config.output_dir))
     if checkpoint is None:
-        return f"stopped by {how}; no checkpoint had been written (save_steps says how often), the logs are in {config.output_dir}"
+        return f"no checkpoint had been written (save_steps says how often), the logs are in {config.output_dir}"
     if config.auto_resume_from_checkpoints:
-        return f"stopped by {how}; {checkpoint} is kept: the same command goes on from there"
+        return f"{checkpoint} is kept: the same command goes on from there"
     command = "run" if SERVICE_LOG in os.environ else "train"
     processes = ["--num-processes", str(num_processes)] if num_processes > 1 else []
     again = [os.path.relpath(config.path), *processes, *overrides, "--auto_resume_from_checkpoints", "true"]
-    return f"stopped by {how}; {checkpoint} is kept. To go on: rlx {command} {shlex.join(again)}"
+    return f"{checkpoint} is kept. To go on: rlx {command} {shlex.join(again)}"
 
 
 def _write_down(config: Config, message: str) -> None:

@@ -55,8 +55,9 @@ class ProcessHook(logging.Handler):
             error = record.exc_info[1]
             while error.__cause__ is not None:
                 error = error.__cause__
-            with open(os.environ[_CAUSE_FILE], "a") as file:
-                file.write(json.dumps([type(error).__name__, str(error)]) + "\n")
+            if not _is_dead(error):
+                with open(os.environ[_CAUSE_FILE], "a") as file:
+                    file.write(json.dumps([type(error).__name__, str(error)]) + "\n")
 
 
 def prepare_environment(start_timeout_s: float) -> Path:

@@ -85,6 +85,7 @@ def test_a_learner_that_is_killed_leaves_the_service_to_the_next_and_so_does_ctr
         assert learner.wait(30) == 137
         assert learner.left() == []
     assert learner.last_message.startswith("error: learner process 1 was killed by signal 9, SIGKILL")
+    assert learner.output.splitlines()[-1].startswith("no checkpoint had been written (save_steps"), learner.output
     with rlx(tmp_path, "train", llama.config, *options) as learner:
         learner.wait_for("step 2/", RUN_S)
         learner.ctrl_c()

@@ -128,6 +128,8 @@ class FaultyWorker:
         return {}
 
     async def close(self) -> None:
+        if self.faults["close"]:
+            await self._do("close")
         self.closed = True
 
     async def _do(self, method: str) -> str:

@@ -11,7 +11,7 @@ from faulty_workers import LATE_S, FaultyWorker, content, crew, manifest_of, pie
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlx.errors import ParityError, RlxError, ServiceUnavailable, WeightSyncError
+from rlx.errors import DeadlineExceeded, ParityError, RlxError, ServiceUnavailable, WeightSyncError
 from rlx.rollout import weights_store
 
 
@@ -438,6 +438,37 @@ def test_a_kept_worker_that_dies_is_restarted():
     virtually(main())
 
 
+# --- what an earlier process, or one that is out, says late ---
+
+
+def test_the_late_failure_of_an_earlier_process_does_not_take_out_the_one_that_came_back():
+    async def main():
+        good, bad = pair()
+        async with crew(good, bad, publish_timeout=LATE_S) as c:
+            bad.faults["commit"] = ["hang"]
+            task = asyncio.create_task(c.publish(1))
+            await asyncio.sleep(10)
+            c.fleet.mark_down(c.fleet.members[1], "killed")
+            assert (await task).workers == {"good": 1, "bad": 1}
+            assert (c.states(), bad.process) == (["ready", "ready"], 2)
+
+    virtually(main())
+
+
+def test_a_worker_that_is_given_up_while_it_swaps_stays_out_whatever_it_says():
+    async def main():
+        good, bad = pair()
+        async with crew(good, bad, publish_timeout=2 * LATE_S, max_restarts=0) as c:
+            bad.faults["commit"] = ["late"]
+            task = asyncio.create_task(c.publish(1, gate=True))
+            await asyncio.sleep(10)
+            c.fleet.mark_down(c.fleet.members[1], "killed")
+            assert (await task).workers == {"good": 1}
+            assert c.states() == ["ready", "gone"]
+
+    virtually(main())
+
+
 # --- joining and leaving ---
 
 
@@ -507,6 +538,18 @@ def test_a_worker_that_never_answers_can_leave(method):
     virtually(main())
 
 
+def test_a_worker_that_does_not_close_is_named_and_leaves_all_the_same():
+    async def main():
+        good, bad = pair()
+        async with crew(good, bad) as c:
+            bad.faults["close"] = ["hang"]
+            with pytest.raises(DeadlineExceeded, match="worker bad did not close within 20 s"):
+                await c.supervisor.retire("bad")
+            assert [member.name for member in c.fleet.members] == ["good"]
+
+    virtually(main())
+
+
 # --- rolling ---
 
 
@@ -538,6 +581,17 @@ def test_a_worker_that_died_and_came_back_before_its_turn_has_had_it():
             outcome = await task
             assert (outcome.workers, outcome.behind) == ({"w-0": 1, "w-1": 1}, [])
             assert (workers[1].process, workers[1].calls.count("commit")) == (2, 1)
+
+    virtually(main())
+
+
+def test_gated_weights_are_swapped_at_once_also_where_updates_roll():
+    async def main():
+        workers = [FaultyWorker(f"w-{i}") for i in range(3)]
+        async with crew(*workers, publish="rolling", publish_timeout=2 * LATE_S) as c:
+            for worker in workers:
+                worker.faults["commit"] = ["late"]
+            assert (await c.publish(1, gate=True)).commit_s == LATE_S
 
     virtually(main())
 

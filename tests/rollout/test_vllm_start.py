@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 
-from rlx.rollout.vllm_start import ENDED, first_cause, reason
+import pytest
+
+from rlx.rollout.vllm_start import ENDED, HOST_PID, ProcessHook, first_cause, reason
 
 
 class EngineDeadError(Exception):
@@ -21,3 +24,15 @@ def test_a_dead_engine_is_told_with_its_first_exception_or_with_what_may_have_en
     assert reason(causes, error) == "its engine process died: MemoryError: no room"
     assert reason(causes, ValueError("of another kind")) == "of another kind"
     assert first_cause(None, ValueError("seen here")) == "ValueError: seen here"
+
+
+def test_that_the_host_misses_its_engine_is_no_cause_of_the_engines_end(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    causes = tmp_path / "causes"
+    causes.touch()
+    monkeypatch.delenv(HOST_PID, raising=False)
+    monkeypatch.setenv("RLX_ENGINE_CAUSE_FILE", str(causes))
+    missed = EngineDeadError("EngineCore encountered an issue. See stack trace (above) for the root cause.")
+    for error, found in ((missed, ENDED), (MemoryError("no room"), "MemoryError: no room")):
+        seen = (type(error), error, None)
+        ProcessHook().emit(logging.LogRecord("vllm", logging.ERROR, __file__, 1, "failed", None, seen))
+        assert first_cause(causes, missed) == found
