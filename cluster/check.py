@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rlx.cluster.layout import plan_layout, this_machine
+from rlx.cluster.reward_cases import completion_for, rewards_get_text
 from rlx.config import Config, make_plan
 from rlx.config.plan import count_parameters, estimate_memory
 from rlx.config.trackers import check_trackers
@@ -144,9 +146,12 @@ def _check_transform_names(config: Config, found: _Findings) -> None:
 
 
 def _check_rewards(config: Config, row: dict[str, Any] | None, found: _Findings) -> None:
-    from rlx.rewards.scoring import ScoreRequest
+    from rlx.rewards.scoring import MissingColumn, ScoreRequest
     from rlx.rewards.sources import check_source, kind_of
 
+    as_text = False
+    with contextlib.suppress(UserCodeError):  # of the rollout function; what is checked of the episodes tells it
+        as_text = rewards_get_text(config)
     for index, name in enumerate(config.trl.reward_funcs):
         key = f"trl.reward_funcs[{index}]"
         try:
@@ -161,12 +166,17 @@ def _check_rewards(config: Config, row: dict[str, Any] | None, found: _Findings)
                 found.unchecked.append(f"not checked: reward {name} on a row, because there is none")
                 continue
             columns = {k: v for k, v in row.items() if k != "prompt"}
-            said = ["", "42"] if isinstance(row["prompt"], str) or _as_text(config) else [[_reply("")], [_reply("42")]]
+            said = [completion_for(row["prompt"], text, as_text) for text in ("", "42")]
             request = ScoreRequest(row["prompt"], said, [[], [0]], columns, config.trl.max_completion_length)
             values = _tried(config, name, key, request)
             found.lines.append(
                 f"reward {name}: gives {', '.join(f'{v:g}' for v in values)} for the completions '' and '42' of the first row"
             )
+        except MissingColumn as error:
+            if config.has_episodes:
+                found.unchecked.append(f"not checked: {error.for_episodes}")
+            else:
+                found.errors.append(error)
         except UserCodeError as error:
             found.errors.append(error)
 
@@ -224,19 +234,6 @@ def _check_episodes(config: Config, tokenizer: Any, found: _Findings) -> None:
         found.lines.append(f"episodes: {named}" + (", several turns" if rollout.many_turns else ""))
     except (UserCodeError, ConfigError) as error:
         found.errors.append(error)
-
-
-def _as_text(config: Config) -> bool:
-    """Whether the rollout function gives the rewards strings, whatever the prompt is."""
-    if config.trl.rollout_func is None:
-        return False
-    from rlx.envs.load import returns_text  # it imports transformers
-
-    return returns_text(config)
-
-
-def _reply(text: str) -> dict[str, str]:
-    return {"role": "assistant", "content": text}
 
 
 def _plan_table(config: Config, num_processes: int) -> Table:

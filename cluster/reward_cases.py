@@ -45,11 +45,26 @@ def trivial_cases(config: Config, rows: int, answer_column: str | None) -> list[
         Console(stderr=True).print(
             f"note: completion_ids are made up, there is no tokenizer. {error}", markup=False, soft_wrap=True
         )
+    as_text = rewards_get_text(config)
     return [
-        _trivial(config, tokenizer, row, kind, text)
+        _trivial(config, tokenizer, row, kind, text, as_text)
         for row in first_rows(config, tokenizer, rows)
         for kind, text in _trivial_texts(config, row, answer_column).items()
     ]
+
+
+def rewards_get_text(config: Config) -> bool:
+    """Whether the rollout function gives the rewards strings, whatever the prompt is."""
+    if config.trl.rollout_func is None:
+        return False
+    from rlx.envs.load import returns_text  # it imports transformers
+
+    return returns_text(config)
+
+
+def completion_for(prompt: Any, text: str, as_text: bool) -> Any:
+    """The completion `text` of `prompt` as a reward function gets it in a run."""
+    return text if as_text or isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
 
 def _trivial_texts(config: Config, row: Mapping[str, Any], answer_column: str | None) -> dict[str, str]:
@@ -63,12 +78,12 @@ def _trivial_texts(config: Config, row: Mapping[str, Any], answer_column: str | 
     return {**texts, LONG: "word " * config.trl.max_completion_length}
 
 
-def _trivial(config: Config, tokenizer: Any, row: Mapping[str, Any], kind: str, text: str) -> Case:
+def _trivial(config: Config, tokenizer: Any, row: Mapping[str, Any], kind: str, text: str, as_text: bool) -> Case:
     limit = config.trl.max_completion_length
     encoded = tokenizer(text, add_special_tokens=False, verbose=False) if tokenizer else None
     ids = list(range(len(text.split()))) if encoded is None else encoded["input_ids"]
     columns = {name: value for name, value in row.items() if name != "prompt"}
-    group = [text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]] * GROUP_SIZE
+    group = [completion_for(row["prompt"], text, as_text)] * GROUP_SIZE
     return Case(kind, ScoreRequest(row["prompt"], group, [ids[:limit]] * GROUP_SIZE, columns, limit))
 
 

@@ -17,15 +17,18 @@ from rlx.cluster.reward_cases import ANSWER, EMPTY, LONG, PROMPT, SAVED, Case
 STUCK = {"timeout": "blocks", "crash": "ends its process"}
 """Outcomes that cost a process, and what the reward does then."""
 _SHOWN = 12
+_LEAST = 1e-6
+"""A reward below this is none."""
 
 
 @dataclass
 class Scores:
-    """What one reward gave: the calls of each kind, in order, and why it could not be loaded."""
+    """What one reward gave: the calls of each kind, in order; why it could not be loaded, or not be tried."""
 
     name: str
     calls: list[Call] = field(default_factory=list)
     broken: str = ""
+    untried: str = ""
 
     def of(self, kind: str) -> list[Call]:
         return [call for call in self.calls if call.case.kind == kind]
@@ -66,6 +69,8 @@ def show(console: Console, scores: Sequence[Scores], saved: bool) -> None:
         else:
             console.print("none of these rewards was saved: there is nothing to compare with")
     for score in scores:
+        if score.untried:
+            console.print(f"note  {score.untried}", markup=False, soft_wrap=True)
         for oddity in oddities(score):
             console.print(f"note  {score.name} {oddity}", markup=False, soft_wrap=True)
     for score in scores:
@@ -91,8 +96,14 @@ def oddities(score: Scores) -> list[str]:
     elif len({round(value, 6) for value in known.values()}) == 1 and len(known) > 1:
         hint = "" if ANSWER in known else "; name the column of the right answer with --answer-column"
         found.append(f"gives {next(iter(known.values())):g} for everything{hint}")
-    elif EMPTY in known and rest and (known[EMPTY] > max(rest) or known[EMPTY] == max(rest) > 0):
-        found.append(f"pays for nothing: {known[EMPTY]:g} for an empty completion, at most {max(rest):g} for another")
+    else:
+        if EMPTY in known and rest and known[EMPTY] > min(0, max(rest)):
+            found.append(
+                f"pays for nothing: {known[EMPTY]:g} for an empty completion, at most {max(rest):g} for another"
+            )
+        for kind in (PROMPT, LONG):
+            if ANSWER in known and known.get(kind, -math.inf) >= max(known[ANSWER], _LEAST):
+                found.append(f"pays {known[kind]:g} for {kind}, and {known[ANSWER]:g} for the answer")
     return found
 
 
@@ -104,6 +115,7 @@ def _trivial_table(scores: Sequence[Scores]) -> Table:
         table.add_column(kind, justify="right")
     for score in scores:
         cells = ["[red]not loaded[/red]" if score.broken else _cell(score, kind) for kind in kinds]
+        cells = ["not tried"] * len(kinds) if score.untried else cells
         table.add_row(escape(score.name), *cells)
     return table
 
@@ -121,7 +133,7 @@ def _cell(score: Scores, kind: str) -> str:
 def _saved_table(scores: Sequence[Scores]) -> Table:
     table = Table(title="saved completions, scored again")
     table.add_column("reward", overflow="fold")
-    for column in ("completions", "saved mean", "mean now", "changed", "seconds", "groups"):
+    for column in ("scored", "saved mean", "mean now", "changed", "seconds", "groups"):
         table.add_column(column, justify="right")
     for score in scores:
         pairs = _pairs(score)

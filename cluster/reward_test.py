@@ -25,12 +25,14 @@ from rlx.cluster.reward_pool import RewardPool
 from rlx.cluster.reward_report import STUCK, Call, Scores, show
 from rlx.config import Config
 from rlx.errors import ConfigError, RlxError
+from rlx.rewards.scoring import MissingColumn
 
 
 def reward_test_main(config: Config, samples: Path | None, rows: int, answer_column: str | None) -> int:
     """Print what every reward gives; 1 when one failed, else 0. Raises rlx.errors when there is nothing to score."""
     if not config.trl.reward_funcs:
-        raise ConfigError(f"{config.path}: trl.reward_funcs is empty: there is nothing to test.")
+        hint = " The episodes' own reward: `rlx rollout test`." if config.has_episodes else ""
+        raise ConfigError(f"{config.path}: trl.reward_funcs is empty: there is nothing to test.{hint}")
     console = Console(highlight=False)
     cases = trivial_cases(config, rows, answer_column) if samples is None else saved_cases(config, samples)
     logging.getLogger(RewardPool.__module__).setLevel(logging.ERROR)  # it tells of failures, which the report does
@@ -62,13 +64,15 @@ async def score_all(config: Config, cases: Sequence[Case]) -> list[Scores]:
     """Every reward on every case, the rewards side by side, on the Ray that runs."""
     scorer = RayScorer(config)
     try:
-        return list(await asyncio.gather(*(_score(function, cases) for function in scorer.functions)))
+        return list(
+            await asyncio.gather(*(_score(function, cases, config.has_episodes) for function in scorer.functions))
+        )
     finally:
         await scorer.close()
 
 
-async def _score(function: RewardPool, cases: Sequence[Case]) -> Scores:
-    """A kind of completion that blocks the reward once is not tried again."""
+async def _score(function: RewardPool, cases: Sequence[Case], has_episodes: bool) -> Scores:
+    """A kind of completion that blocks the reward once is not tried again. `has_episodes`: in a run they may bring columns."""
     scores = Scores(function.name)
     try:
         await function.start()
@@ -82,6 +86,10 @@ async def _score(function: RewardPool, cases: Sequence[Case]) -> Scores:
             outcome, _ = await function.score(case.request)
             given: tuple[list[float], str, str] = outcome.values.tolist(), outcome.outcome, outcome.error
         except RlxError as error:  # no call will get it to work: the others are not tried
+            if isinstance(error, MissingColumn) and has_episodes and case.kind != SAVED:
+                return Scores(
+                    function.name, untried=f"{error.for_episodes} `--samples` tries it on what a run has saved."
+                )
             given = [math.nan] * len(case.request.completions), "refused", str(error)
         values, how, told = given
         scores.calls.append(Call(case, values, time.perf_counter() - start, how, told))

@@ -20,34 +20,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlx.config import Config
-from rlx.dotted import resolve, user_traceback
 from rlx.envs.chat import Chat
 from rlx.envs.errors import EpisodeTruncated
 from rlx.envs.rollout import Rollout, ToolCall
 from rlx.envs.threads import in_thread
+from rlx.envs.tool_kinds import Kind, factories_of, kind_of, schema_of, standalone
 from rlx.errors import ConfigError, UserCodeError
 
-_NOT_TOOLS = ("reset", "get_reward", "close", "done")
+_MAX_ATTRIBUTE = 20_000
+"""Characters of JSON that an attribute of an environment may be to be given to reward functions."""
 CLOSE_TIMEOUT_S = 3.0
 """Seconds that `close()` of an environment may take."""
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """One kind of environment. `methods` are the names of its tools, `schemas` theirs and those of `trl.tools`. `spare`
-    holds the one that was made to look at; the first episode has it."""
-
-    factory: Callable[[], Any] | None
-    methods: tuple[str, ...]
-    schemas: tuple[dict[str, Any], ...]
-    has_reward: bool
-    spare: list[Any] = field(default_factory=list)
-
-    async def make(self, ctx: Rollout) -> Any:
-        """An environment for one episode; None without a factory."""
-        if self.spare:
-            return self.spare.pop()
-        return await _call(self.factory, _name(ctx, "its constructor")) if self.factory else None
 
 
 @dataclass
@@ -56,6 +39,7 @@ class _Tools:
 
     functions: Mapping[str, Callable[..., Any]]
     methods: frozenset[str]
+    environment: Any
     in_turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     calls: int = 0
     failures: int = 0
@@ -67,8 +51,8 @@ class ToolLoop:
 
     def __init__(self, config: Config, chat: Chat):
         self._limit = config.trl.max_tool_calling_iterations
-        self._functions = _standalone(config)
-        factories = _factories(config)
+        self._functions = standalone(config)
+        factories = factories_of(config)
         self._by_column = isinstance(config.trl.environment_factory, dict)
         key = "trl.environment_factory" if config.trl.environment_factory else "trl.tools"
         if not chat.can_parse_tools:
@@ -77,10 +61,10 @@ class ToolLoop:
                 "cannot be parsed. Set chat_template to one of a known family, for example qwen3_training, and use a "
                 "model that was trained with it."
             )
-        schemas = [_schema(function, name, chat) for name, function in self._functions.items()]
-        self._kinds = {name: _kind(factory, name, schemas, chat) for name, factory in factories.items()}
+        schemas = [schema_of(function, name, chat) for name, function in self._functions.items()]
+        self._kinds = {name: kind_of(factory, name, schemas, chat) for name, factory in factories.items()}
         if not factories:
-            self._kinds = {None: _Kind(None, (), tuple(schemas), has_reward=False)}
+            self._kinds = {None: Kind(None, (), tuple(schemas), has_reward=False)}
 
     @property
     def own_reward(self) -> bool:
@@ -89,25 +73,28 @@ class ToolLoop:
 
     async def __call__(self, ctx: Rollout) -> float | None:
         kind = self._kind_of(ctx.task)
-        environment = await kind.make(ctx)
+        environment = await _environment(ctx, kind)
         methods = {name: getattr(environment, name) for name in kind.methods}
-        tools = _Tools({**self._functions, **methods}, frozenset(methods))
+        tools = _Tools({**self._functions, **methods}, frozenset(methods), environment)
         try:
             observation = await self._reset(ctx, environment) if kind.factory else None
             ctx.start(_with_observation(ctx.task["prompt"], observation), kind.schemas)
             try:
-                await self._turns(ctx, tools, environment)
+                await self._turns(ctx, tools)
             except EpisodeTruncated:
-                if kind.has_reward:
-                    ctx.reward(await _reward_of(ctx, environment) or 0.0, name=type(environment).__name__)
+                if kind.has_reward and (value := await _reward_of(ctx, environment)) is not None:
+                    ctx.reward(value, name=type(environment).__name__)
                 raise
+            finally:
+                if kind.factory:
+                    ctx.extra["environments"] = _state_of(environment)
             return await _reward_of(ctx, environment) if kind.has_reward else None
         finally:
             ctx.metric("tools/call", tools.calls)
             ctx.metric("tools/failure", tools.failures)
             await _close(ctx, environment)
 
-    def _kind_of(self, task: Mapping[str, Any]) -> _Kind:
+    def _kind_of(self, task: Mapping[str, Any]) -> Kind:
         name = task.get("environment") if self._by_column else None
         if name not in self._kinds:
             raise UserCodeError(
@@ -132,7 +119,7 @@ class ToolLoop:
             )
         return observation
 
-    async def _turns(self, ctx: Rollout, tools: _Tools, environment: Any) -> None:
+    async def _turns(self, ctx: Rollout, tools: _Tools) -> None:
         turns_with_calls = 0
         while True:
             turn = await ctx.turn()
@@ -141,11 +128,24 @@ class ToolLoop:
             turns_with_calls += 1
             answers = await asyncio.gather(*(_answer(ctx, tools, call) for call in turn.tool_calls))
             ctx.observe(*answers)
-            if getattr(environment, "done", None) and not callable(environment.done):
+            if await _is_done(ctx, tools.environment):
                 return
 
 
 # --- calling
+
+
+async def _environment(ctx: Rollout, kind: Kind) -> Any:
+    """An environment for one episode; None without a factory."""
+    if kind.spare:
+        return kind.spare.pop()
+    return await _call(kind.factory, _name(ctx, "its constructor")) if kind.factory else None
+
+
+async def _is_done(ctx: Rollout, environment: Any) -> bool:
+    """What its `done` says, an attribute, a property or a method; without one it never is."""
+    done = getattr(environment, "done", False)
+    return bool(await _call(done, _name(ctx, "done")) if callable(done) else done)
 
 
 async def _answer(ctx: Rollout, tools: _Tools, call: ToolCall) -> dict[str, Any]:
@@ -168,6 +168,8 @@ async def _result(ctx: Rollout, tools: _Tools, call: ToolCall) -> Any:
     inspect.signature(function).bind(**call.arguments)
     if call.name in tools.methods and not inspect.iscoroutinefunction(function):
         async with tools.in_turn:
+            if await _is_done(ctx, tools.environment):
+                raise ValueError("not called: the environment is done")
             return await _call(function, _name(ctx, call.name), **call.arguments)
     return await _call(function, _name(ctx, call.name), **call.arguments)
 
@@ -198,6 +200,20 @@ async def _reward_of(ctx: Rollout, environment: Any) -> float | None:
     raise UserCodeError(f"{type(environment).__name__}.get_reward returned {value!r}. Return a finite number, or None.")
 
 
+def _state_of(environment: Any) -> dict[str, Any]:
+    """The public attributes that are JSON and not huge, for reward functions that ask for `environments`."""
+    state: dict[str, Any] = {}
+    for name in [name for name in dir(environment) if not name.startswith("_")]:
+        try:
+            value = getattr(environment, name)
+            text = json.dumps(value.tolist() if hasattr(value, "tolist") else value, allow_nan=False)
+        except Exception:  # a property of the user's may raise anything; methods and clients are not JSON
+            continue
+        if len(text) <= _MAX_ATTRIBUTE:
+            state[name] = json.loads(text)
+    return state
+
+
 async def _close(ctx: Rollout, environment: Any) -> None:
     close = getattr(environment, "close", None)
     if close is None:
@@ -222,76 +238,3 @@ def _with_observation(prompt: str | Sequence[Mapping[str, Any]], observation: st
         return [*messages, {"role": "user", "content": observation}]
     last["content"] = (last.get("content") or "") + observation
     return messages
-
-
-# --- what the YAML names, checked
-
-
-def _standalone(config: Config) -> dict[str, Callable[..., Any]]:
-    functions: dict[str, Callable[..., Any]] = {}
-    for index, dotted in enumerate(config.trl.tools):
-        function = resolve(dotted, base_dir=config.base_dir, key=f"trl.tools[{index}]")
-        name = getattr(function, "__name__", dotted.rpartition(".")[2])
-        if name in functions:
-            raise UserCodeError(f"trl.tools[{index}] ({dotted}): two tools are called {name!r}. Rename one.")
-        functions[name] = function
-    return functions
-
-
-def _factories(config: Config) -> dict[str | None, Callable[[], Any]]:
-    named = config.trl.environment_factory
-    if named is None:
-        return {}
-    key = "trl.environment_factory"
-    if isinstance(named, str):
-        return {None: resolve(named, base_dir=config.base_dir, key=key)}
-    return {name: resolve(dotted, base_dir=config.base_dir, key=f"{key}.{name}") for name, dotted in named.items()}
-
-
-def _kind(factory: Callable[[], Any], name: str | None, schemas: list[dict[str, Any]], chat: Chat) -> _Kind:
-    """What one instance of the environment shows."""
-    key = "trl.environment_factory" + (f".{name}" if name else "")
-    try:
-        environment = factory()
-    except (Exception, SystemExit) as error:
-        raise UserCodeError(
-            f"{key}: making an environment failed.\n{user_traceback(error, hide=[__file__])}"
-        ) from error
-    kind = type(environment)
-    functions = dict(inspect.getmembers(kind, inspect.isfunction))
-    if "reset" not in functions:
-        raise UserCodeError(
-            f"{key} ({kind.__name__}) has no `reset`. Write `def reset(self, **row) -> str | None:` in it; it is called "
-            "before each episode with the row of the data set."
-        )
-    methods = tuple(member for member in functions if not member.startswith("_") and member not in _NOT_TOOLS)
-    taken = {schema["function"]["name"] for schema in schemas}
-    if twice := taken.intersection(methods):
-        raise UserCodeError(f"{key} ({kind.__name__}) and trl.tools both have {min(twice)!r}. Rename one.")
-    own = [_schema(getattr(environment, member), f"{kind.__name__}.{member}", chat) for member in methods]
-    return _Kind(factory, methods, (*schemas, *own), has_reward="get_reward" in functions, spare=[environment])
-
-
-def _schema(function: Callable[..., Any], name: str, chat: Chat) -> dict[str, Any]:
-    """The JSON schema of a tool. UserCodeError that says which line is missing."""
-    parameters = inspect.signature(function).parameters.values()
-    for parameter in parameters:
-        if parameter.annotation is parameter.empty:
-            raise UserCodeError(
-                f"the tool {name} has no type hint for {parameter.name!r}, so the model cannot be told what to give. "
-                f"Write `{parameter.name}: str`, or whatever its type is."
-            )
-    arguments = "".join(f"\n            {p.name}: ..." for p in parameters)
-    write = 'Write under its `def` line:\n        """What it does.' + (
-        f"\n\n        Args:{arguments}" if arguments else ""
-    )
-    if not inspect.getdoc(function):
-        raise UserCodeError(
-            f'the tool {name} has no docstring, which tells the model what it does. {write}\n        """'
-        )
-    try:
-        return chat.tool_schema(function)
-    except (ValueError, TypeError) as error:
-        raise UserCodeError(
-            f'the tool {name} cannot be described to the model: {error} {write}\n        """'
-        ) from error

@@ -27,9 +27,21 @@ import numpy as np
 from rlx.dotted import resolve, user_traceback
 from rlx.episode import Episode
 from rlx.errors import UserCodeError
+from rlx.rewards.environments import COLUMN, EnvironmentState
 from rlx.wire import GroupRequest, Outcome, RewardOutcome
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
+
+
+class MissingColumn(UserCodeError):
+    """A reward function asks for a column that the group does not have."""
+
+    @property
+    def for_episodes(self) -> str:
+        """The same where no episode was played, which may have brought the column."""
+        asked, _, _ = str(self).partition(", which is neither")
+        return f"{asked}, which is no column of the data set: the rollout function or environment must give it."
+
 
 CONTRACT_ARGUMENTS = (
     "prompts",
@@ -260,7 +272,7 @@ def _arguments(request: ScoreRequest, log: RewardLog) -> dict[str, Any]:
     num_completions = len(request.completions)
     return {
         **{name: [value] * num_completions for name, value in request.columns.items()},
-        **{name: list(values) for name, values in request.own_columns.items()},
+        **{name: _own(name, values) for name, values in request.own_columns.items()},
         "prompts": [request.prompt] * num_completions,
         "completions": copy.deepcopy(list(request.completions)),
         "completion_ids": [list(ids) for ids in request.completion_ids],
@@ -269,6 +281,11 @@ def _arguments(request: ScoreRequest, log: RewardLog) -> dict[str, Any]:
         "log_extra": log.log_extra,
         "log_metric": log.log_metric,
     }
+
+
+def _own(name: str, values: Sequence[Any]) -> list[Any]:
+    """A column that the episodes brought."""
+    return [EnvironmentState(v) if name == COLUMN and isinstance(v, dict) else v for v in values]
 
 
 def _bind(reward: Reward, arguments: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
@@ -306,11 +323,11 @@ def _tell_once(note: str) -> None:
     print(note, flush=True)
 
 
-def _missing_column(reward: Reward, name: str, arguments: Mapping[str, Any]) -> UserCodeError:
+def _missing_column(reward: Reward, name: str, arguments: Mapping[str, Any]) -> MissingColumn:
     columns = [column for column in arguments if column not in CONTRACT_ARGUMENTS]
     close = difflib.get_close_matches(name, list(arguments), n=1)
-    return reward.error(
-        f"asks for {name!r}, which is neither a column of this data set nor given to every reward function. "
+    return MissingColumn(
+        f"{reward.key} ({reward.name}) asks for {name!r}, which is neither a column of this data set nor given to every reward function. "
         f"Columns: {', '.join(columns) or 'none'}. Given to all: {', '.join(CONTRACT_ARGUMENTS)}. "
         + (f"Did you mean {close[0]!r}? " if close else "")
         + f"Rename the parameter, or have the transform return {name!r}."

@@ -20,6 +20,8 @@ ROOT = Path(__file__).parents[2]
 REWARDS = (
     "def good(completions, answer, **kwargs):\n    return [float(c == a) for c, a in zip(completions, answer)]\n"
     "def short(completions):\n    return [1.0]\n"
+    "def wants_moves(completions, moves):\n    return [1.0] * len(completions)\n"
+    "async def play(ctx):\n    return 1.0\n"
     "def broken(completions):\n    return [1 / 0]\n"
     "def blocks(completions):\n    import time\n    time.sleep(1000)\n"
     "def exits(completions):\n    import os\n    os._exit(4)\n"
@@ -81,6 +83,18 @@ def test_user_code_that_does_not_work_is_found_before_anything_starts(
 ):
     assert check_main(config(tmp_path, model, reward, transform), 1) != 0
     assert message in capsys.readouterr().out
+
+
+def test_a_column_that_the_rollout_function_may_bring_is_no_error(tmp_path, model, capsys):
+    config(tmp_path, model, reward="mine.wants_moves")
+    overrides = {("trl", "rollout_func"): ("--x", "mine.play")}
+    assert check_main(load_config(tmp_path / "run.yaml"), 1) == 1
+    assert "error trl.reward_funcs[0] (mine.wants_moves) asks for 'moves', which is neither" in capsys.readouterr().out
+    assert check_main(load_config(tmp_path / "run.yaml", overrides), 1) == 0
+    assert "asks for 'moves', which is no column of the data set: the rollout func" in capsys.readouterr().out
+    overrides = {("trl", "rollout_func"): ("--x", "mine.plya")}
+    assert check_main(load_config(tmp_path / "run.yaml", overrides), 1) == 1
+    assert capsys.readouterr().out.count("error ") == 1, "the rollout function is told once, and not by the rewards"
 
 
 def test_no_reward_is_an_error(tmp_path, model):

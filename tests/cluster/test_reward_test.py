@@ -39,19 +39,22 @@ def fails_on_nothing(completions, **kwargs):
     return [1 / len(text) for text in completions]
 def wants_gold(completions, gold):
     return [1.0] * len(completions)
+def documented(model, processing_class, prompts, generation_config=None): ...
 def chat_length(completions, **kwargs):
     return [float(len(messages[-1]["content"])) for messages in completions]
 """
 
 
-def config_with(folder: Path, rewards: str, rows: list[dict] | None = None, more: str = "") -> Config:
+def config_with(
+    folder: Path, rewards: str, rows: list[dict] | None = None, more: str = "", rollout: str = ""
+) -> Config:
     (folder / "mine.py").write_text(REWARDS)
     rows = rows or [{"prompt": "1+1=", "answer": "2"}, {"prompt": "1+2=", "answer": "3"}]
     (folder / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     make_tiny_tokenizer().save_pretrained(folder / "model")
     (folder / "model" / "config.json").write_text('{"model_type": "qwen2"}')
     (folder / "run.yaml").write_text(
-        f"base_model: model\nrl: grpo\ntrl: {{reward_funcs: [{rewards}], max_completion_length: 32}}\n"
+        f"base_model: model\nrl: grpo\ntrl: {{reward_funcs: [{rewards}], max_completion_length: 32{rollout and ', rollout_func: ' + rollout}}}\n"
         f"datasets: [{{path: rows.jsonl}}]\noutput_dir: {folder / 'out'}\n{more}"
     )
     return load_config(folder / "run.yaml")
@@ -75,6 +78,12 @@ def test_the_completions_of_a_chat_prompt_are_messages_and_other_answers_than_te
     cases = trivial_cases(config_with(tmp_path, "mine.good", [{"prompt": prompt, "target": [2]}]), 4, None)
     replies = [case.request.completions[0] for case in cases]
     assert replies[1:3] == [[{"role": "assistant", "content": "1+1="}], [{"role": "assistant", "content": "[2]"}]]
+
+
+def test_the_completions_are_texts_where_the_rollout_function_gives_the_rewards_texts(tmp_path):
+    prompt = [{"role": "user", "content": "1+1="}]
+    config = config_with(tmp_path, "mine.good", [{"prompt": prompt, "answer": "2"}], rollout="mine.documented")
+    assert [case.request.completions[0] for case in trivial_cases(config, 1, None)][:3] == ["", "1+1=", "2"]
 
 
 def test_the_column_of_the_answer_can_be_named_and_must_be_there(tmp_path):
@@ -150,6 +159,13 @@ def test_a_reward_that_pays_for_nothing_or_does_not_tell_apart_is_flagged():
     assert oddities(scored(nothing=1.0, prompt=0.5, answer=1.0, long=0.0)) == [
         "pays for nothing: 1 for an empty completion, at most 1 for another"
     ]
+    assert oddities(scored(nothing=0.25, prompt=0.25, answer=1.0)) == [
+        "pays for nothing: 0.25 for an empty completion, at most 1 for another"
+    ]
+    assert oddities(scored(nothing=0.0, prompt=0.5, answer=0.5, long=1.0)) == [
+        "pays 0.5 for the prompt, and 0.5 for the answer",
+        "pays 1 for a long text, and 0.5 for the answer",
+    ]
     assert oddities(scored(nothing=0.0, prompt=-0.5, answer=-0.5))[0].startswith("pays for nothing: 0 ")
     assert oddities(scored(nothing=0.0, prompt=0.0, answer=0.0, long=-1.0)) == [], "a penalty of length"
     assert oddities(scored(nothing=0.5, prompt=0.5, answer=0.5)) == ["gives 0.5 for everything"]
@@ -204,6 +220,15 @@ async def test_every_reward_is_scored_to_the_end_whatever_the_others_do(tmp_path
     assert [call.outcome for call in scores["dies_of_long"].of(LONG)] == ["crash"]
     assert [call.outcome for call in scores["fails_on_nothing"].of(EMPTY)] == ["exception"] * 2
     assert [call.outcome for call in scores["wants_gold"].calls] == ["refused"]
+    config = config_with(tmp_path, "mine.wants_gold", rollout="mine.documented")
+    [untried] = await score_all(config, trivial_cases(config, 1, None))
+    assert not untried.failed
+    assert (
+        "note  trl.reward_funcs[0] (mine.wants_gold) asks for 'gold', which is no column of the data set: "
+        "the rollout function or environment must give it. `--samples`"
+    ) in shown([untried])
+    [saved] = await score_all(config, saved_cases(config, write(tmp_path / "samples.jsonl", sample())))
+    assert [call.outcome for call in saved.calls] == ["refused"], "no episode has brought it"
     assert "has no attribute 'missing'" in scores["missing"].broken
     text = shown(list(scores.values()))
     assert "note  mine.hangs_on_nothing blocks (timeout) for nothing\n" in text

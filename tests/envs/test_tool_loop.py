@@ -18,6 +18,8 @@ from rlx.envs.load import load_rollout
 from rlx.envs.threads import stuck_threads
 from rlx.episode import Episode
 from rlx.errors import ConfigError, RlxError
+from rlx.rewards.scoring import ScoreRequest, load_reward, score_group
+from rlx.wire import GroupRequest, Sampling
 
 QUESTION = [{"role": "system", "content": "Play."}, {"role": "user", "content": "Guess. "}]
 
@@ -178,6 +180,46 @@ async def test_done_may_be_a_property(tmp_path):
     assert len(policy.completions) == 2
 
 
+async def test_done_may_be_a_method(tmp_path):
+    source = COUNTER.replace(", self.done = 0, False, False", " = 0, False").replace(
+        "        self.done = self.total >= 10\n", ""
+    )
+    source += "\n    async def done(self) -> bool:\n        return self.total >= 10\n"
+    [episode], policy = await play(tmp_path, source, lambda _: call("add", {"amount": 5}))
+    assert len(policy.completions) == 2
+    assert '"name": "done"' not in chat_of().tokenizer.decode(policy.prompts[0])
+    assert episode.reward == 1.0
+
+
+async def test_calls_behind_the_end_are_not_made(tmp_path):
+    three = "\n".join(call("add", {"amount": amount}) for amount in (4, 6, 90))
+    [episode], policy = await play(tmp_path, COUNTER, [three])
+    assert tool_messages(episode)[:2] == ["4", "10"]
+    assert "not called: the environment is done" in tool_messages(episode)[2]
+    assert (episode.reward, len(policy.completions)) == (1.0, 1)
+
+
+async def test_reward_functions_get_what_is_json_of_the_environment(tmp_path):
+    source = COUNTER.replace(
+        "made.append(self)",
+        "made.append(self); self._secret, self.lock, self.board, self.huge = 1, threading.Lock(), [[1]], 'x' * 30_000",
+    )
+    source += "\n    @property\n    def share(self):\n        return self.total / 10\n"
+    source += "\n    @property\n    def broken(self):\n        raise RuntimeError\n"
+    [episode], _ = await play(tmp_path, source, [call("add", {"amount": 4}), "four"])
+    wanted = {"total": 4, "closed": False, "done": False, "seed": 0, "board": [[1]], "share": 0.4}
+    assert episode.extra == {"environments": wanted}
+    (tmp_path / "rewards.py").write_text(
+        "def pays(environments, **kwargs):\n    return [e.total for e in environments]"
+    )
+    reward = load_reward("rewards.pays", tmp_path, "trl.reward_funcs[0]")
+    request = GroupRequest("g", QUESTION, chat_of().start(QUESTION), 1, Sampling(512), {})
+    assert score_group(reward, ScoreRequest.of(request, [episode])).tolist() == [4.0]
+    [truncated], _ = await play(tmp_path, source, lambda _: call("add", {"amount": 1}), max_tokens=400)
+    assert truncated.status == "truncated"
+    assert truncated.extra["environments"]["total"] / 10 == truncated.reward > 0
+
+
 @pytest.mark.parametrize(("limit", "turns"), [(1, 2), (3, 4)])
 async def test_tool_calls_are_limited(tmp_path, limit, turns):
     trl = {"environment_factory": "mine.Counter", "max_tool_calling_iterations": limit}
@@ -300,6 +342,12 @@ async def test_a_truncated_episode_keeps_what_its_environment_pays(tmp_path):
     assert episode.reward == pytest.approx(len(tool_messages(episode)) / 10)
     assert made(tmp_path)[-1].closed
     assert trained(episode) == policy.sampled
+
+
+async def test_a_truncated_episode_whose_environment_gives_no_reward_has_none(tmp_path):
+    source = COUNTER.replace("return self.total / 10", "return None")
+    [episode], _ = await play(tmp_path, source, lambda _: call("add", {"amount": 1}), max_tokens=200)
+    assert (episode.status, episode.reward) == ("truncated", None)
 
 
 async def test_a_hanging_tool_ends_with_the_episode(tmp_path):

@@ -103,6 +103,16 @@ def test_functions_get_every_argument_of_the_contract_repeated_for_the_group(tmp
     }  # fmt: skip
 
 
+def test_environments_have_attributes_and_say_what_there_is(tmp_path):
+    source = "def f(environments):\n    return [e.total + e['total'] for e in environments]\n"
+    source += "def g(environments):\n    return [e.client for e in environments]\n"
+    (tmp_path / "mine.py").write_text(source)
+    request = ScoreRequest("p", ["c"], [[0]], own_columns={"environments": [{"total": 2, "done": True}]})
+    assert score_group(load_reward("mine.f", tmp_path, "key"), request).tolist() == [4.0]
+    with pytest.raises(UserCodeError, match=r"'client' is not here.* that are JSON: done, total"):
+        score_group(load_reward("mine.g", tmp_path, "key"), request)
+
+
 def test_chat_prompts_give_chat_completions(tmp_path):
     reward = load(tmp_path, "def f(prompts, completions): return [float(c[0]['content']) for c in completions]")
     assert score_group(reward, CHAT).tolist() == [4, 5]
