@@ -18,7 +18,7 @@ from rlx.cluster.reservation import Reservation
 from rlx.cluster.rollout_actor import Place, RolloutActor
 from rlx.errors import DeadlineExceeded, ServiceUnavailable
 from rlx.rollout.engine import Engine
-from rlx.rollout.worker import Taken, WorkerStatus
+from rlx.rollout.worker import NoDevices, Taken, WorkerStatus
 from rlx.wire import Completion, Sampling, WeightManifest
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class RayWorker:
 
     async def start(self) -> None:
         """Reserve the devices unless they are, make the actor, load the engine. The caller bounds the loading;
-        ServiceUnavailable after `reserve_timeout_s` seconds without devices."""
+        NoDevices after `reserve_timeout_s` seconds without any."""
         before = self._place
         self._kill()
         await self._make_actor()
@@ -128,7 +128,7 @@ class RayWorker:
         try:
             await reservation.wait(self._reserve_timeout_s, self._waits)
         except ServiceUnavailable as error:
-            raise ServiceUnavailable(f"{self._who} has {error}") from None
+            raise NoDevices(f"{self._who} has {error}") from None
 
     def _waits(self, missing: str) -> None:
         self.phase = f"waiting for {missing}"

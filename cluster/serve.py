@@ -41,8 +41,8 @@ from rlx.rollout.metrics import readings
 from rlx.rollout.service import RolloutService
 from rlx.rollout.worker import Worker
 
-_RESERVING_SHARE = 0.9
-"""Of vllm.start_timeout: what is missing is to be told before merely the time is up."""
+_RESERVING_SHARE = 0.1
+"""Of vllm.start_timeout: the rest is left for loading. A worker that finds no devices asks again."""
 
 
 def serve_main(config: Config, *, engine: EngineFactory = vllm_engine) -> int:

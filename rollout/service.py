@@ -101,7 +101,8 @@ class RolloutService:
     # --- life -----------------------------------------------------------------------------------------------------
 
     async def start(self, progress: Callable[[LoadProgress], None] = lambda _: None) -> None:
-        """Start workers and scorer together; the first error stops the others and names its worker."""
+        """Start workers and scorer together; the first error stops the others and names its worker. What
+        `service.max_workers` allows beyond them joins later, one by one, as there are devices."""
         remove_leftovers()
         tasks = [asyncio.create_task(self._start_part(name, start(), progress)) for name, start in self._parts.items()]
         seconds = self._start_timeout_s
@@ -124,6 +125,8 @@ class RolloutService:
             await asyncio.gather(*tasks, return_exceptions=True)
         self.supervisor.start()
         self._state = "serving"
+        if (more := (self._settings.max_workers or 0) - len(self.fleet.members)) > 0:
+            self._admit(more)
 
     async def drain(self, timeout_s: float) -> None:
         """Refuse new rollouts, give the running ones `timeout_s` seconds, cancel what is left, close every part."""
@@ -166,15 +169,16 @@ class RolloutService:
 
     def health(self) -> tuple[bool, dict[str, Any]]:
         """Whether some worker generated a token lately and has the newest weights; and the same for people.
-        `status`: ok, degraded (some workers work, not all), loading, down, unverified (down until a learner brings weights
+        `status`: ok, degraded (some workers work, not all that have joined), loading, down, unverified (down until a learner brings weights
         that pass the gate), stopping or failed; `cause` says why."""
         status, cause = self._state, self._cause
         if self._state == "serving":
-            idle = [m for m in self.fleet.members if m not in self.fleet.ready()]
+            joined = [m for m in self.fleet.members if m.state != "loading"]
+            idle = [m for m in joined if m not in self.fleet.ready()]
             silent = [f"{m.name} generated no token for {m.token_age_s():.0f} s" for m in self.fleet.silent()]
             works = [m for m in self.fleet.ready() if m not in self.fleet.silent()]
             out = "unverified" if any(m.kept for m in self.fleet.members) else "down"
-            status = "ok" if len(works) == len(self.fleet.members) else "degraded" if works else out
+            status = "ok" if works and len(works) == len(joined) else "degraded" if works else out
             cause = "; ".join(([self.fleet.describe()] if idle else []) + silent)
         body = {
             "status": status,
@@ -272,10 +276,13 @@ class RolloutService:
     def add_workers(self, count: int) -> list[str]:
         """Start `count` more and name them; each serves once it has the newest weights and is verified."""
         self.check_serving()
-        if self._make_worker is None:
-            raise ServiceError("this service cannot start more workers")
         if not 1 <= count <= MAX_NEW_WORKERS:
             raise WireError(f"count must be 1 to {MAX_NEW_WORKERS}, got {count}")
+        return self._admit(count)
+
+    def _admit(self, count: int) -> list[str]:
+        if self._make_worker is None:
+            raise ServiceError("this service cannot start more workers")
         return [self.supervisor.admit(self._make_worker()).name for _ in range(count)]
 
     def remove_worker(self, name: str) -> None:

@@ -4,7 +4,8 @@
     waits for     a change of it, or half of `service.probe_interval`
     does          ready: ask for its status, and for a token when it was silent
                   ready with old weights: catch up → verify
-                  down or quarantined: restart → catch up → verify, at most `service.max_restarts` times in a row
+                  down or quarantined: restart → catch up → verify, at most `service.max_restarts` times in a row;
+                  a start that has no devices yet goes on waiting for them, and is none of those times
     produces      members that are ready, or gone with their first cause
 
 Everything a worker is asked has a deadline. `admit` and `retire` are for workers that join and leave.
@@ -22,7 +23,7 @@ from rlx.errors import DeadlineExceeded, RlxError, ServiceUnavailable
 from rlx.rollout.deadline import answer_of
 from rlx.rollout.fleet import Fleet, Member
 from rlx.rollout.weight_updates import WeightUpdates
-from rlx.rollout.worker import Worker
+from rlx.rollout.worker import NoDevices, Worker
 from rlx.wire import Sampling
 
 CLOSE_TIMEOUT_S = 20.0
@@ -104,7 +105,7 @@ class Supervisor:
             member.changed.clear()
             if self._fleet.is_behind(member):
                 await self._catch_up(member)
-            elif member.state == "loading":
+            elif member.state in ("loading", "restarting"):
                 await self._bring(member)
             elif member.state in ("down", "quarantined") and not member.kept:
                 await self._restart(member)
@@ -129,9 +130,12 @@ class Supervisor:
         await self._bring(member)
 
     async def _bring(self, member: Member) -> None:
-        """A process, the weights, the probe. What goes wrong is noted on the member."""
+        """A process, the weights, the probe. What goes wrong is noted on the member; that there is nothing for it to run
+        on is not: it is brought up when there is."""
         try:
             await answer_of(member.name, self._start_timeout_s, self._load(member), "did not start")
+        except NoDevices:
+            return
         except RlxError as error:
             self._fleet.fail(member, f"it did not start: {error}")
         else:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from rlx.episode import Episode
+from rlx.errors import ServiceUnavailable
 from rlx.wire import Completion, GroupRequest, RewardOutcome, Sampling, WeightManifest
 
 
@@ -56,6 +57,10 @@ class Taken(NamedTuple):
     pause_s: float = 0.0
 
 
+class NoDevices(ServiceUnavailable):
+    """There is nothing that a worker could run on, for now."""
+
+
 class Worker(Protocol):
     """A rollout worker: an `rlx.rollout.engine.Engine` behind a name, possibly in another process or on another node.
 
@@ -64,7 +69,8 @@ class Worker(Protocol):
 
     name: str
 
-    async def start(self) -> None: ...
+    async def start(self) -> None:
+        """NoDevices once it has waited for them for a while; then it may be asked again."""
 
     async def status(self) -> WorkerStatus: ...
 

@@ -246,6 +246,15 @@ class Config(LoraKeys, ShardingKeys, TrackerKeys):
         return self
 
     @model_validator(mode="after")
+    def a_service_does_not_grow_to_less_than_it_starts_with(self) -> Config:
+        if (most := self.service.max_workers) is not None and most < self.vllm.data_parallel_size:
+            raise ValueError(
+                f"service.max_workers ({most}) is less than vllm.data_parallel_size ({self.vllm.data_parallel_size}), "
+                "the workers that the service starts with; raise the first or lower the second"
+            )
+        return self
+
+    @model_validator(mode="after")
     def weights_and_limits_are_of_rewards_that_are_there(self) -> Config:
         count, given = len(self.trl.reward_funcs), len(self.trl.reward_weights or ())
         if given > count and not self.has_episodes:

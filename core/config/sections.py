@@ -285,6 +285,11 @@ class ServiceSection(Section):
         ge=0,
         description="Times in a row that a worker which died or did not take weights is restarted, brought to the newest weights and verified before it gets work again; then it stays out.",
     )
+    max_workers: int | None = Field(
+        None,
+        ge=1,
+        description="Rollout workers that the service grows to while the Ray cluster grows: it starts with vllm.data_parallel_size, and each of the others joins as soon as the cluster has devices for it. Default: no more than those it starts with; `rlx workers add` adds some by hand.",
+    )
     direct: bool = Field(
         False,
         description="The gateway only hands out addresses: groups go from the learner to the workers' own endpoints and tokens come back directly. For services larger than one gateway process carries. Plain replies only.",

@@ -10,7 +10,7 @@ import pytest
 import ray
 from fakes import write_config
 from ray.cluster_utils import Cluster
-from serve_parts import TOKEN, chunks, group, service_on_ray, update
+from serve_parts import PATIENCE_S, TOKEN, chunks, group, service_on_ray, update
 
 from rlx.cluster.workers import add_main, list_main, remove_main
 from rlx.errors import ServiceError, ServiceUnavailable, SessionReplaced
@@ -98,6 +98,30 @@ async def test_workers_join_and_leave_a_service_that_generates(
     assert "rlx-rollout-3: removed" in output
     assert "weights 1" in output
     assert re.search(r"rlx-rollout-3 +ready +[\d.]+ +\d+ +1 +\d+ +0% +0", output)
+
+
+async def test_a_service_grows_and_shrinks_with_its_cluster(cluster: Cluster, runtime, tmp_path):
+    missing = "waiting for 1 CPU on one node of the Ray cluster, where 0 of 2 are free"
+    async with service_on_ray(config(tmp_path, QUICK[:-1] + ", max_workers: 3}"), runtime) as stage:
+        await stage.publish(1)
+        third = stage.service.fleet.members[2]
+        await stage.comes_true(lambda: third.doing == missing)
+        assert (third.state, stage.service.health()[1]["status"]) == ("loading", "ok")
+        node = cluster.add_node(num_cpus=1, object_store_memory=100 * 2**20)
+        try:
+            await stage.comes_true(lambda: stage.state(third.name) == ("ready", 1), 2 * PATIENCE_S)
+            assert stage.worker(third.name).node_id == node.node_id
+            running = asyncio.create_task(stage.rollouts([group(f"g{i}") for i in range(6)]))
+            await stage.comes_true(lambda: third.in_flight > 0)
+            cluster.remove_node(node)
+            assert {result.worker for result in await running} == {"rlx-rollout-0", "rlx-rollout-1"}
+            await stage.comes_true(lambda: (third.state, third.doing) == ("restarting", missing), 2 * PATIENCE_S)
+            assert stage.service.health()[1]["status"] == "degraded"
+            await stage.publish(2)
+            node = cluster.add_node(num_cpus=1, object_store_memory=100 * 2**20)
+            await stage.comes_true(lambda: stage.state(third.name) == ("ready", 2), 2 * PATIENCE_S)
+        finally:
+            cluster.remove_node(node)
 
 
 async def test_a_new_learner_takes_the_service_over_from_a_killed_one(runtime, tmp_path):

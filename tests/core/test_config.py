@@ -283,6 +283,7 @@ def test_adapter_keys_that_are_off_need_no_adapter_and_axolotls_own_load(tmp_pat
         ("async: {oversample: 1.5}", "oversample (1.5) has no use at max_staleness: 1"),
         ("async: {max_staleness: -1}", "async.max_staleness: -1 cannot be used"),
         ("async: {max_stalenes: 1}", "Did you mean 'async.max_staleness'?"),
+        ("service: {max_workers: 1}\nvllm: {data_parallel_size: 2}", "service.max_workers (1) is less than vllm.data_"),
         ("service: {direct: true}\nenvs: [{openenv: {url: 'http://e:1'}}]", "service.direct is for plain replies"),
     ],
 )

@@ -21,7 +21,7 @@ from rlx.errors import ModelError, ServiceUnavailable, WeightSyncError
 from rlx.rollout.fleet import Fleet
 from rlx.rollout.supervisor import Supervisor
 from rlx.rollout.weight_updates import UpdateTimes, WeightUpdates
-from rlx.rollout.worker import Taken, WorkerStatus
+from rlx.rollout.worker import NoDevices, Taken, WorkerStatus
 from rlx.wire import Completion, Probe, Sampling, TensorSpec, WeightManifest
 
 T = TypeVar("T")
@@ -71,7 +71,8 @@ class FaultyWorker:
     """`faults[method]` are what the next calls of it do, one each; "ok" does nothing bad. `start` makes a new process.
 
     die: the process is gone. hang: no answer. late: the answer, and what it does, come LATE_S later. refuse: an
-    error. other_bytes (commit): takes other bytes. skew (commit): takes the bytes, but computes something else.
+    error. other_bytes (commit): takes other bytes. skew (commit): takes the bytes, but computes something else. no devices
+    (start): there are none yet.
     """
 
     def __init__(self, name: str = "w-0"):
@@ -90,7 +91,9 @@ class FaultyWorker:
         self.process += 1
         self.dead = ""
         self.version, self.data, self.skew, self.verified = 0, b"", 0.0, 0
-        await self._do("start")
+        if await self._do("start") == "no devices":
+            await asyncio.sleep(START_S)
+            raise NoDevices(f"worker {self.name} has no GPU")
         await asyncio.sleep(START_S)
         self._check_alive(self.process)
         self._token_at = asyncio.get_running_loop().time()

@@ -306,6 +306,30 @@ async def test_workers_join_and_leave_while_groups_run():
             service.remove_worker("new-0")
 
 
+async def test_workers_beyond_those_at_the_start_join_when_they_can_and_nothing_is_amiss_until_then():
+    made = []
+
+    def make_worker():
+        made.append(LocalWorker(f"new-{len(made)}"))
+        made[-1].open.clear()
+        return made[-1]
+
+    service = make_service(
+        [LocalWorker("first")], settings=QUICK.model_copy(update={"max_workers": 3}), make_worker=make_worker
+    )
+    async with started(service):
+        await publish(service, 1, b"abcd")
+        assert [(w.name, w.state) for w in service.workers()] == [
+            ("first", "ready"),
+            ("new-0", "loading"),
+            ("new-1", "loading"),
+        ]
+        assert service.health()[1]["status"] == "ok"
+        made[0].open.set()
+        await eventually(lambda: [m.name for m in service.fleet.ready()] == ["first", "new-0"])
+        assert made[0].committed == [b"abcd"]
+
+
 async def test_what_a_leaving_worker_does_not_finish_is_generated_anew_on_another():
     class Leaving(LocalWorker):
         async def close(self):

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from faulty_workers import LATE_S, FaultyWorker, content, crew, manifest_of, pieces, virtually
+from faulty_workers import LATE_S, START_S, FaultyWorker, content, crew, manifest_of, pieces, virtually
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -268,6 +268,22 @@ def test_restarts_count_in_a_row_and_an_answer_ends_the_row():
             await c.until("good")
             await asyncio.sleep(100)
             assert member.state == "gone"
+
+    virtually(main())
+
+
+def test_a_worker_without_devices_waits_for_them_however_long_and_that_is_no_restart():
+    async def main():
+        good, bad = pair()
+        async with crew(good, bad, max_restarts=1) as c:
+            await c.publish(1)
+            bad.faults["start"] = ["no devices"] * 50
+            c.fleet.mark_down(c.fleet.members[1], "its node died")
+            await asyncio.sleep(40 * START_S)
+            assert (c.states(), c.fleet.members[1].restarts) == (["ready", "restarting"], 1)
+            assert c.fleet.members[1].explanation == "its node died"
+            await c.until("good", "bad", version=1)
+            assert (bad.process, bad.verified) == (52, 1)
 
     virtually(main())
 
