@@ -89,16 +89,16 @@ async def routing(size: int, groups: int) -> dict[str, float]:
     try:
         router, held = service.router, []
         for _ in range(size * GROUPS_EACH // 2):
-            held.append((await router.place(GENERATIONS, GENERATIONS * 80))[1])
+            held.append(await router.place(GENERATIONS, GENERATIONS * 80))
         random.shuffle(held)
         began = time.process_time()
         for turn in range(groups):
-            _, stack = await router.place(GENERATIONS, GENERATIONS * 80)
+            charge = await router.place(GENERATIONS, GENERATIONS * 80)
             held[turn % len(held)].close()
-            held[turn % len(held)] = stack
+            held[turn % len(held)] = charge
         router_us = 1e6 * (time.process_time() - began) / groups
-        for stack in held:
-            stack.close()
+        for charge in held:
+            charge.close()
 
         cycle = itertools.cycle(service.fleet.members)
         began = time.process_time()

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from rlx.cluster.calls import call
+from rlx.cluster.packed import ask, unpack
 from rlx.config import Config
 from rlx.episode import Episode
 from rlx.errors import ServiceError
@@ -91,8 +92,8 @@ class EpisodeActor:
         """The episodes of a group, sampled by the rollout actor `worker` called `name`. Raises Stalled."""
 
         async def sample(request_id: str, prompt_ids: np.ndarray, sampling: Sampling) -> Completion:
-            ref = worker.generate.remote(request_id, prompt_ids, 1, sampling)
-            [completion] = await call(ref, f"worker {name}")
+            asked = ask(worker, request_id, prompt_ids, 1, sampling)
+            [completion] = unpack(await call(asked, f"worker {name}"))
             return completion
 
         running = asyncio.ensure_future(self._in_thread(self._parts.runner.run(sample, request)))

@@ -13,6 +13,7 @@ import numpy as np
 import ray
 
 from rlx.cluster.calls import call, create, stream
+from rlx.cluster.packed import ask, unpack
 from rlx.cluster.ray_runtime import PLACEMENT_TIMEOUT_S, RayRuntime
 from rlx.cluster.reservation import Reservation
 from rlx.cluster.rollout_actor import Place, RolloutActor
@@ -138,7 +139,8 @@ class RayWorker:
         return await self._call("status", timeout_s=STATUS_TIMEOUT_S)
 
     async def generate(self, request_id: str, prompt_ids: np.ndarray, n: int, sampling: Sampling) -> list[Completion]:
-        return await self._call("generate", request_id, prompt_ids, n, sampling)
+        asked = ask(self._alive(), request_id, prompt_ids, n, sampling)
+        return unpack(await call(asked, self._who, hint=self._hint))
 
     async def prompt_logprobs(self, ids: np.ndarray) -> np.ndarray:
         return await self._call("prompt_logprobs", ids)

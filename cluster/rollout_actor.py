@@ -16,13 +16,14 @@ import numpy as np
 import ray
 
 from rlx.cluster import watchdog
+from rlx.cluster.packed import Packed, pack, unpack_request
 from rlx.errors import ServiceUnavailable
 from rlx.processes import alive, start_of, write_output_to
 from rlx.rollout.engine import Engine
 from rlx.rollout.engine_worker import EngineWorker
 from rlx.rollout.gateway import quiet_collector
 from rlx.rollout.worker import Taken, WorkerStatus
-from rlx.wire import Completion, Sampling, WeightManifest
+from rlx.wire import WeightManifest
 
 if TYPE_CHECKING:
     from rlx.cluster.direct import DirectEndpoint, DirectSettings
@@ -90,8 +91,10 @@ class RolloutActor:
             return WorkerStatus(self._name, "loading", 0, 0.0, 0, node, pid)
         return replace(await self._worker.status(), node=node, pid=pid)
 
-    async def generate(self, request_id: str, prompt_ids: np.ndarray, n: int, sampling: Sampling) -> list[Completion]:
-        return await self._ready().generate(request_id, prompt_ids, n, sampling)
+    async def generate(self, request_id: str, prompt: bytes, n: int, sampling: dict[str, Any]) -> Packed:
+        """For `packed.ask`."""
+        prompt_ids, how = unpack_request(prompt, sampling)
+        return pack(await self._ready().generate(request_id, prompt_ids, n, how))
 
     async def prompt_logprobs(self, ids: np.ndarray) -> np.ndarray:
         return await self._ready().prompt_logprobs(ids)

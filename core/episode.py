@@ -38,6 +38,11 @@ class Row:
         return np.repeat([v != CONTEXT for v, _ in self.versions], [n for _, n in self.versions]).astype(bool)
 
     @property
+    def sampled_ids(self) -> np.ndarray:
+        """The ids that the policy sampled."""
+        return self.ids if self.num_sampled == self.ids.size else self.ids[self.mask]
+
+    @property
     def num_sampled(self) -> int:
         return sum(n for v, n in self.versions if v != CONTEXT)
 

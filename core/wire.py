@@ -26,6 +26,7 @@ _MAGIC = b"RLX1"
 _MALFORMED = (KeyError, TypeError, ValueError, OverflowError)
 _ENCODER = json.JSONEncoder(separators=(",", ":"))
 _DTYPES: dict[str, np.dtype[Any]] = {"i4": np.dtype("<i4"), "f4": np.dtype("<f4"), "u1": np.dtype("u1")}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 
 class WireError(ServiceError, ValueError):
@@ -34,15 +35,21 @@ class WireError(ServiceError, ValueError):
 
 def encode_frame(header: Mapping[str, Any], blocks: Mapping[str, np.ndarray]) -> bytes:
     """One frame. `blocks` are one-dimensional arrays of int32, float32 or uint8."""
-    table, payload = [], []
     for name, array in blocks.items():
-        code = array.dtype.str.lstrip("<|")
-        if code not in _DTYPES or array.ndim != 1:
+        if array.dtype not in _CODES or array.ndim != 1:
             raise WireError(
                 f"block {name!r}: one-dimensional int32, float32 or uint8 expected, got {array.dtype} {array.shape}"
             )
-        table.append([name, code, array.size])
-        payload.append(np.ascontiguousarray(array, dtype=_DTYPES[code]).data)
+    return _frame(header, [(name, _CODES[array.dtype], [array]) for name, array in blocks.items()])
+
+
+def _frame(header: Mapping[str, Any], blocks: list[tuple[str, str, list[np.ndarray]]]) -> bytes:
+    """`blocks`: name, type, and the arrays that one after the other are its content."""
+    table, payload = [], []
+    for name, code, arrays in blocks:
+        dtype = _DTYPES[code]
+        table.append([name, code, sum([array.size for array in arrays])])
+        payload += [array.astype(dtype, copy=False).tobytes() for array in arrays]
     head = _ENCODER.encode({**header, "blocks": table}).encode()
     return b"".join([_MAGIC, struct.pack("<I", len(head)), head, *payload])
 
@@ -54,7 +61,7 @@ def decode_frame(frame: bytes | memoryview) -> tuple[dict[str, Any], dict[str, n
         raise WireError("not an rlx frame: it does not start with RLX1")
     (head_size,) = struct.unpack("<I", view[4:8])
     try:
-        header = json.loads(bytes(view[8 : 8 + head_size]))
+        header = json.loads(str(view[8 : 8 + head_size], "utf-8"))
         table = [(str(name), str(code), operator.index(count)) for name, code, count in header.pop("blocks")]
     except (*_MALFORMED, AttributeError, RecursionError) as error:
         raise WireError(f"the header of the frame is not readable: {error}") from error
@@ -65,7 +72,7 @@ def decode_frame(frame: bytes | memoryview) -> tuple[dict[str, Any], dict[str, n
         size = _DTYPES[code].itemsize * count
         if count < 0 or offset + size > len(view):
             raise WireError(f"block {name!r} needs {size} bytes, the frame ends after {len(view) - offset}")
-        blocks[name] = np.frombuffer(view[offset : offset + size], dtype=_DTYPES[code])
+        blocks[name] = np.frombuffer(view, _DTYPES[code], count, offset)
         offset += size
     if offset != len(view):
         raise WireError(f"{len(view) - offset} bytes too many after the last block")
@@ -130,7 +137,7 @@ class GroupRequest:
         head = {"kind": "group_request", "key": self.key, "prompt": self.prompt, "n": self.num_generations,
                 "sampling": vars(self.sampling), "columns": dict(self.columns), "step": self.step,
                 "deadline_s": self.deadline_s, "seed": self.seed}  # fmt: skip
-        return encode_frame(head, {"prompt_ids": self.prompt_ids.astype(np.int32)})
+        return _frame(head, [("prompt_ids", "i4", [self.prompt_ids])])
 
     @staticmethod
     def decode(frame: bytes | memoryview) -> GroupRequest:
@@ -220,14 +227,14 @@ class GroupResult:
             "episodes": [_episode_head(episode) for episode in self.episodes],
             "rewards": [_without_defaults(r, hidden=("values",)) for r in self.rewards],
         }
-        return encode_frame(
+        return _frame(
             head,
-            {
-                "ids": _concat([row.ids for row in rows], np.int32),
-                "logprobs": _concat([row.logprobs for row in rows], np.float32),
-                "prompt_ids": _concat([row.prompt_ids for row in rows if row.prompt_ids is not None], np.int32),
-                "rewards": _concat([r.values for r in self.rewards], np.float32),
-            },
+            [
+                ("ids", "i4", [row.ids for row in rows]),
+                ("logprobs", "f4", [row.logprobs for row in rows]),
+                ("prompt_ids", "i4", [row.prompt_ids for row in rows if row.prompt_ids is not None]),
+                ("rewards", "f4", [r.values for r in self.rewards]),
+            ],
         )
 
     @staticmethod
@@ -297,8 +304,7 @@ def _episode_head(episode: Episode) -> dict[str, Any]:
 def _without_defaults(value: Any, hidden: tuple[str, ...]) -> dict[str, Any]:
     """The fields of a dataclass that say something, as JSON values."""
     default = _defaults(value.__class__)
-    items = {name: getattr(value, name) for name in default if name not in hidden}
-    items = {name: item for name, item in items.items() if item != default[name]}
+    items = {name: item for name, item in vars(value).items() if name not in hidden and item != default[name]}
     if "step_rewards" in items:
         items["step_rewards"] = [asdict(step) for step in items["step_rewards"]]
     return {name: dict(item) if isinstance(item, Mapping) else item for name, item in items.items()}
@@ -438,7 +444,3 @@ def _said(error: Exception) -> str:
     if isinstance(error, KeyError):
         return f"the field {error.args[0]!r} is missing"
     return f"{type(error).__name__}: {error}"
-
-
-def _concat(arrays: list[np.ndarray], dtype: Any) -> np.ndarray:
-    return np.concatenate(arrays).astype(dtype, copy=False) if arrays else np.empty(0, dtype)

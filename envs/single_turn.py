@@ -43,25 +43,30 @@ async def sample(
         raise ServiceError(
             f"worker {worker.name} returned {len(completions)} completions for {request_id!r}, {n} were asked for"
         )
-    for index, completion in enumerate(completions):
-        if wrong := _what_is_wrong(completion):
-            raise ServiceError(f"worker {worker.name}, {request_id!r}, completion {index}: {wrong}")
+    if wrong := next(filter(None, map(_wrong_form, completions)), None) or _wrong_values(completions):
+        raise ServiceError(f"worker {worker.name}, {request_id!r}: {wrong}")
     return completions
 
 
-def _what_is_wrong(completion: Completion) -> str | None:
+def _wrong_form(completion: Completion) -> str | None:
     ids, logprobs = completion.ids, completion.logprobs
-    stamped = sum(count for _, count in completion.versions)
+    counts = [count for _, count in completion.versions]
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
         return f"token ids must be one row of integers, got {ids.dtype} {ids.shape}"
-    if ids.size and (ids.min() < 0 or ids.max() >= 2**31):
-        return f"token ids must fit int32 and not be negative, got {ids.min()} to {ids.max()}"
     if logprobs.shape != ids.shape:
         return f"{ids.size} token ids with {logprobs.size} log-probabilities"
-    if ids.size and 1e-3 < logprobs.max() < np.inf:  # what is not finite the learner leaves out, and counts
-        return "a log-probability of a sampled token is above 0"
-    if stamped != ids.size or any(count < 1 for _, count in completion.versions):
+    if sum(counts) != ids.size or min(counts, default=1) < 1:
         return f"the weight versions {completion.versions} do not partition the {ids.size} tokens"
     if completion.finish_reason not in _FINISHED:
-        return f"it was not finished but {completion.finish_reason!r}"
+        return f"a completion was not finished but {completion.finish_reason!r}"
+    return None
+
+
+def _wrong_values(completions: list[Completion]) -> str | None:
+    """Of all completions at once, which costs little more than of one."""
+    ids, logprobs = (np.concatenate([getattr(c, name) for c in completions]) for name in ("ids", "logprobs"))
+    if ids.size and (ids.min() < 0 or ids.max() >= 2**31):
+        return f"token ids must fit int32 and not be negative, got {ids.min()} to {ids.max()}"
+    if ((logprobs > 1e-3) & (logprobs < np.inf)).any():  # what is not finite the learner leaves out, and counts
+        return "a log-probability of a sampled token is above 0"
     return None

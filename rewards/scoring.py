@@ -102,7 +102,7 @@ class ScoreRequest:
         return ScoreRequest(
             prompt=request.prompt,
             completions=[_completion_of(request, episode) for episode in episodes],
-            completion_ids=[[int(i) for row in e.rows for i in row.ids[row.mask]] for e in episodes],
+            completion_ids=[[i for row in e.rows for i in row.sampled_ids.tolist()] for e in episodes],
             columns=request.columns,
             max_completion_length=request.sampling.max_tokens,
             step=request.step,

@@ -46,7 +46,7 @@ async def serving(app: FastAPI, listener: socket.socket) -> AsyncIterator[str]:
     """Answer on `listener` while the body runs; gives the URL. Takes the socket over and closes it."""
     server = _Server(
         uvicorn.Config(
-            app, log_config=None, access_log=False, lifespan="off", timeout_keep_alive=75,
+            app, log_config=None, access_log=False, proxy_headers=False, lifespan="off", timeout_keep_alive=75,
             timeout_graceful_shutdown=_GRACE_S, backlog=_BACKLOG,
         )
     )  # fmt: skip

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 
@@ -20,7 +20,7 @@ EPISODE_REWARD = "episode"
 """The name of the column of rewards that the episodes themselves give."""
 MAX_WORKERS_LOST = 3
 REWARDS, EPISODES = "the reward functions", "the rollout function"
-Assign = Callable[[GroupRequest], AbstractAsyncContextManager[Member]]
+Assign = Callable[[GroupRequest], Awaitable[AbstractContextManager[Member]]]
 """Waits for a worker and holds it while its context is open."""
 
 
@@ -42,9 +42,8 @@ class GroupRunner:
     async def run(self, worker: Worker, request: GroupRequest) -> GroupResult:
         """The scored group, on this worker or not at all."""
 
-        @asynccontextmanager
-        async def here(_: GroupRequest) -> AsyncIterator[Member]:
-            yield Member(worker)
+        async def here(_: GroupRequest) -> AbstractContextManager[Member]:
+            return nullcontext(Member(worker))
 
         return await self.run_on(here, request, max_lost=1)
 
@@ -63,7 +62,7 @@ class GroupRunner:
             while True:
                 worker, waiting_for = "", ""
                 try:
-                    async with assign(request) as member:
+                    with await assign(request) as member:
                         worker, start, placed = member.name, time.monotonic(), time.time()
                         waiting_for = f"worker {worker}"
                         episodes = await self._episodes.run(member.worker, request)

@@ -7,7 +7,7 @@ import asyncio
 import math
 from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import xxhash
 
@@ -199,4 +199,6 @@ def _cancelled(key: str) -> GroupCancelled:
 
 def request_digest(request: GroupRequest) -> str:
     """Of everything that decides the result; the deadline does not."""
-    return xxhash.xxh3_128_hexdigest(replace(request, deadline_s=0.0).encode())
+    decide = [value for name, value in vars(request).items() if name not in ("prompt_ids", "sampling", "deadline_s")]
+    said = repr((decide, vars(request.sampling))).encode()
+    return xxhash.xxh3_128_hexdigest(said + request.prompt_ids.tobytes())

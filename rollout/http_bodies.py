@@ -82,12 +82,16 @@ async def read_body(request: Request, most: int | None = None) -> tuple[str, byt
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind not in (CONTENT_TYPE, _JSON):
         raise UnsupportedBody(f"the content type must be {_JSON} or {CONTENT_TYPE}, got {kind or 'none'}")
-    parts, size = [], 0
-    async for chunk in request.stream():
-        size += len(chunk)
+    parts, size, more = [], 0, True
+    while more:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
         if size > most:
             raise BodyTooLarge(f"a request to {request.url.path} may have {most} bytes, this one has more")
-        parts.append(chunk)
+        more = message.get("more_body", False)
     return kind, b"".join(parts)
 
 

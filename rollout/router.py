@@ -13,14 +13,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
-from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 
 from rlx.errors import DeadlineExceeded, RlxError, ServiceUnavailable
 from rlx.rollout.candidates import Candidates
 from rlx.rollout.deadline import answer_of
-from rlx.rollout.fleet import Fleet, Member
+from rlx.rollout.fleet import Charge, Fleet, Member
 from rlx.rollout.worker import EngineLoad
 from rlx.wire import GroupRequest
 
@@ -58,7 +56,7 @@ class Limit:
 class _Waiter:
     completions: int
     tokens: int
-    place: asyncio.Future[tuple[Member, ExitStack]]
+    place: asyncio.Future[Charge]
     since: float = field(default_factory=time.monotonic)
 
 
@@ -88,18 +86,19 @@ class Router:
         return sum(waiter.completions for waiter in self._queue)
 
     def limit(self, member: Member) -> Limit:
-        return self._limits.setdefault(member.name, Limit())
+        limit = self._limits.get(member.name)
+        if limit is None:
+            limit = self._limits[member.name] = Limit()
+        return limit
 
-    @asynccontextmanager
-    async def assign(self, request: GroupRequest) -> AsyncIterator[Member]:
-        """A worker for the group, as long as the body runs. Waits for one; the caller bounds it."""
+    async def assign(self, request: GroupRequest) -> Charge:
+        """`place` for a group."""
         n = request.num_generations
-        member, held = await self.place(n, n * (request.prompt_ids.size + request.sampling.max_tokens))
-        with held:
-            yield member
+        return await self.place(n, n * (request.prompt_ids.size + request.sampling.max_tokens))
 
-    async def place(self, completions: int, tokens: int) -> tuple[Member, ExitStack]:
-        """A worker, charged until the second value is closed. ServiceUnavailable when none can come back."""
+    async def place(self, completions: int, tokens: int) -> Charge:
+        """A worker, charged until the end of `with`. Waits for one; the caller bounds it. ServiceUnavailable when none can
+        come back."""
         waiter = _Waiter(completions, tokens, asyncio.get_running_loop().create_future())
         self._queue.append(waiter)
         self._dispatch()
@@ -112,7 +111,7 @@ class Router:
                 self._queue.remove(waiter)
                 self._dispatch()
             elif not waiter.place.cancelled() and waiter.place.exception() is None:
-                waiter.place.result()[1].close()
+                waiter.place.result().close()
             raise
 
     async def close(self) -> None:
@@ -129,23 +128,16 @@ class Router:
                 break
             self._queue.popleft()
             if not first.place.done():
-                held = ExitStack()
-                held.enter_context(self._charged(member, first))
-                first.place.set_result((member, held))
+                first.place.set_result(self._fleet.charging(member, first.completions, first.tokens, self._uncharged))
+                self._candidates.changed(member)
 
     def _has_room(self, member: Member, completions: int) -> bool:
         """An idle worker takes any group, also one that is larger than its limit."""
         return not member.in_flight or member.in_flight + completions <= self.limit(member).sequences
 
-    @contextmanager
-    def _charged(self, member: Member, waiter: _Waiter) -> Iterator[None]:
-        try:
-            with self._fleet.charging(member, waiter.completions, waiter.tokens):
-                self._candidates.changed(member)
-                yield
-        finally:
-            self._candidates.changed(member)
-            self._dispatch()
+    def _uncharged(self, member: Member) -> None:
+        self._candidates.changed(member)
+        self._dispatch()
 
     async def _mind(self) -> None:
         """While anything waits or runs, and once after that: ask the workers for their load, and look whether somebody is

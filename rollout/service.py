@@ -239,11 +239,9 @@ class RolloutService:
 
         async def run(_: GroupRequest) -> GroupResult:
             seconds = min(request.deadline_s, self._group_deadline_s)
-            async with (
-                deadline(seconds, lambda: f"group {request.key!r} was not done within its {seconds:g} s"),
-                self.router.assign(request) as member,
-            ):
-                return await work(member)
+            async with deadline(seconds, lambda: f"group {request.key!r} was not done within its {seconds:g} s"):
+                with await self.router.assign(request) as member:
+                    return await work(member)
 
         return await self.groups.get(request, run)
 

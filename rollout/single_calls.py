@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
 from typing import Any
@@ -24,13 +25,16 @@ class SingleCalls:
         """An OpenAI-shaped request on the least busy worker; one deadline for the answer or, streamed, its start."""
         seconds = self._timeout_s
         async with deadline(seconds, lambda: f"no worker was free within {seconds:g} s: {self._fleet.describe()}"):
-            member, held = await self._router.place(1, 1)
-        with held:
+            charge = await self._router.place(1, 1)
+        with ExitStack() as held:
+            member = held.enter_context(charge)
             async with deadline(seconds, lambda: f"worker {member.name} did not answer within {seconds:g} s"):
                 answer = await member.worker.openai(route, body)
             if isinstance(answer, dict):
                 return answer
-            return _hold_while_streaming(answer, held.pop_all(), member.name, seconds)
+            lines = _hold_while_streaming(answer, held.pop_all(), member.name, seconds)
+            weakref.finalize(lines, charge.close)  # also when it is dropped before it began
+            return lines
 
     async def prompt_logprobs(self, ids: np.ndarray, worker: str | None = None) -> dict[str, np.ndarray]:
         """log p of `ids` int32 [T] on every ready worker, or on the named one: float32 [T-1] by worker name."""

@@ -40,7 +40,7 @@ def set_limit(router, sequences):
 
 
 async def hold(router, stack, key, n):
-    return await stack.enter_async_context(router.assign(group(key, n)))
+    return stack.enter_context(await router.assign(group(key, n)))
 
 
 # --- limits ---
@@ -92,7 +92,7 @@ async def run_groups(engine, limit):
         set_limit(router, limit)
 
     async def one(i):
-        async with router.assign(group(f"g{i}", 4)) as member:
+        with await router.assign(group(f"g{i}", 4)) as member:
             return await member.worker.generate(f"g{i}", PROMPT, 4, Sampling(max_tokens=60))
 
     results = await asyncio.gather(*(one(i) for i in range(60)))
@@ -136,7 +136,7 @@ async def test_groups_beyond_the_limit_wait_in_their_order_and_an_idle_worker_ta
     set_limit(router, 4)
 
     async def one(key, n):
-        async with router.assign(group(key, n)):
+        with await router.assign(group(key, n)):
             order.append(key)
             await gates[key].wait()
 
