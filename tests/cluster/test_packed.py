@@ -4,6 +4,7 @@ import pickle
 
 import numpy as np
 import pytest
+
 from rlx.cluster.packed import ask, pack, unpack, unpack_request
 from rlx.wire import Completion, Sampling
 
