@@ -112,6 +112,12 @@ class StepTimes:
         """What a step would take if no group were missing."""
         return max(self.fwd_bwd_s, self.step_s - self.rollout_wait_s, _TINY_S)
 
+    @property
+    def publish_wait_s(self) -> float:
+        """In which training stood still for a publish. Where that runs beside it, the snapshot is the learner's own work."""
+        own_s = self.weight_sync_snapshot_s if self.max_staleness >= 1 else 0.0
+        return max(0.0, self.weight_sync_wait_s - own_s)
+
     def share(self, seconds: float) -> float:
         return min(1.0, seconds / self.step_s) if self.step_s > 0 else 0.0
 
@@ -124,7 +130,7 @@ class StepTimes:
         staleness-bound are those that left the workers idle. Where training did not wait, it is learner-bound unless
         the workers were hardly idle either.
         """
-        waited, published = self.share(self.rollout_wait_s), self.share(self.weight_sync_wait_s)
+        waited, published = self.share(self.rollout_wait_s), self.share(self.publish_wait_s)
         if self.max_staleness < 1:
             if published > max(waited, self.share(self.fwd_bwd_s)):
                 return "publish-bound"
@@ -195,7 +201,7 @@ class StepTimes:
 
     def line(self) -> str:
         """The verdict, what it comes from, and what it suggests."""
-        published = self.share(self.weight_sync_wait_s)
+        published = self.share(self.publish_wait_s)
         waited = f" for rollouts and {published:.0%} for publishing" if published > _NEGLIGIBLE else ""
         idle = "" if math.isnan(self.worker_busy) else f", workers idle {max(0.0, 1 - self.worker_busy):.0%}"
         parts = [

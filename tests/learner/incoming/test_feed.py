@@ -292,6 +292,18 @@ def test_tokens_of_versions_that_nobody_published_end_the_run(staleness: int):
             step()
 
 
+def test_a_token_of_the_policy_before_ends_a_synchronous_run():
+    service = Service()
+    with learner(service, max_staleness=0) as run:
+        first = run.in_background()
+        service.finish("0.0", "1.0")
+        first()
+        step = run.in_background()
+        service.finish("2.0", versions=[1, 2])
+        with pytest.raises(ServiceError, match=r"sampled s/2\.0 with weight versions \(1, 2\), but 2 was published"):
+            step()
+
+
 def test_a_service_that_does_not_come_back_ends_the_run_in_time():
     service = Service()
     with learner(service, service_s=0.2) as run:

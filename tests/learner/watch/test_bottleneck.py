@@ -69,6 +69,16 @@ def test_waiting_for_the_publish_before_is_publish_bound_and_a_long_pause_is_tol
     assert replace(paused, workers=1).headline() == "publish-bound"
 
 
+def test_the_snapshot_is_the_learners_work_where_publishing_runs_beside_it() -> None:
+    times = replace(
+        AHEAD, fwd_bwd_s=8, weight_sync_wait_s=2, weight_sync_snapshot_s=1.8, weight_sync_s=2, worker_busy=0.3
+    )
+    assert times.line().startswith("learner-bound: learner waited 0%, workers idle 70%, publish 2.00 s")
+    assert replace(times, weight_sync_snapshot_s=0.8).verdict() == "publish-bound"
+    in_turn = replace(times, max_staleness=0, fwd_bwd_s=1, weight_sync_wait_s=8, weight_sync_snapshot_s=7)
+    assert in_turn.verdict() == "publish-bound"
+
+
 def test_it_is_balanced_where_neither_side_waits() -> None:
     times = replace(AHEAD, rollout_wait_s=0.6, fwd_bwd_s=9.3)
     assert times.headline() == "balanced"
