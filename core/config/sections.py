@@ -220,7 +220,7 @@ class AsyncSection(Section):
     max_requeues: int = Field(
         2,
         ge=0,
-        description="Times that a group that became too old is cancelled and its prompt sampled anew; after that the step waits for it, so that long completions are trained, too.",
+        description="Times that a group is cancelled, and its prompt sampled anew, because it held a step up for more than twice as long as it had been under way by then; after that the step waits for it, so that long completions are trained, too.",
     )
     oversample: float = Field(
         1.0,

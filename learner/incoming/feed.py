@@ -13,6 +13,7 @@ are sent when its weights are served, so nothing overlaps; there is no other cod
 from __future__ import annotations
 
 import concurrent.futures
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -34,6 +35,9 @@ from rlx.wire import GroupRequest, GroupResult
 
 _SAY_AFTER_S = 30.0
 """Seconds without anything happening after which it is said what is waited for; and again after twice as many."""
+_PATIENCE = 2.0
+"""Times as long as it had been under way that a group may hold a step up. Cancelling throws away what was sampled, and the
+prompt's next completions may take as long; but nobody knows whether this one ever ends."""
 _MORE_ATTEMPTS = 3
 """Times beyond max_requeues that a prompt may come again because the service gave it back, or sampled it too old."""
 
@@ -88,6 +92,8 @@ class Feed:
         self._policy_of: dict[int, int] = {}
         self._sent_step, self._is_recovering = -1, False
         self._events, self._tally = 0, Tally()
+        self._held_since: dict[tuple[int, int], float] = {}
+        """By number and attempt, when a group began to hold a step up"""
         self._always = StepTimes(max_staleness=float(ledger.rules.max_staleness), shares_cpu=float(shares_cpu))
         self._error: BaseException | None = None
         self._is_closed = False
@@ -116,7 +122,7 @@ class Feed:
                     may_take = is_sent or not self._evaluates(step)
                     if may_take and (taken := self._ledger.take()) is not None:
                         return self._hand_over(taken)
-                    self._wait()
+                    self._wait(self._give_up() if may_take else math.inf)
                     continue
             self._publish(step, model)
 
@@ -169,11 +175,23 @@ class Feed:
             self._sent_step = step
             self._courier.publish(step, packed, self._evaluates(step))
 
-    def _wait(self) -> None:
-        """Until something happens, counted as a wait for the one thing that is missing."""
+    def _give_up(self) -> float:
+        """Seconds until one of the groups that hold the step up is given up, as cancelling it would have cost less."""
+        now, held = time.monotonic(), {(ticket.number, ticket.attempt) for ticket in self._ledger.held_up_by()}
+        self._held_since = {ticket: self._held_since.get(ticket, now) for ticket in held}
+        sent_at = {(flight.number, flight.attempt): flight.sent_at for flight in self._flights.values()}
+        ends = {ticket: since + _PATIENCE * (since - sent_at[ticket]) for ticket, since in self._held_since.items()}
+        for (number, _), end in ends.items():
+            if end <= now:
+                self._ledger.give_up(number)
+        return max(min(ends.values(), default=math.inf) - now, 0.0)
+
+    def _wait(self, at_most_s: float = math.inf) -> None:
+        """Until something happens, or `at_most_s` is over, counted as a wait for the one thing that is missing."""
         began, events, say_at = time.monotonic(), self._events, _SAY_AFTER_S
-        while (waited := time.monotonic() - began) < self._patience_s:
-            if self._changed.wait_for(lambda: self._events != events, min(say_at, self._patience_s) - waited):
+        while (waited := time.monotonic() - began) < min(self._patience_s, at_most_s):
+            wait_s = min(say_at, self._patience_s, at_most_s) - waited
+            if self._changed.wait_for(lambda: self._events != events, wait_s):
                 break
             if time.monotonic() - began >= say_at:
                 self._on_wait(self._describe(say_at))
@@ -189,7 +207,7 @@ class Feed:
             self._tally.weight_sync_wait_s += waited
             missing = "the publish"
         self._journal.span(f"wait for {missing}", began, began + waited)
-        if self._events == events:
+        if self._events == events and waited >= self._patience_s:
             raise DeadlineExceeded(self._describe(waited))
 
     def _describe(self, waited_s: float) -> str:

@@ -44,12 +44,13 @@ class Rules:
 @dataclass
 class Ticket:
     """One unfinished prompt. `attempt` counts the times that it was put back; `oldest` is, in flight, the policy that
-    was served when it was sent, which can only be too low."""
+    was served when it was sent, which can only be too low. `given_up`: no step waits for it in this attempt."""
 
     number: int
     attempt: int = 0
     state: State = "pending"
     oldest: int = 0
+    given_up: bool = False
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,18 @@ class Ledger:
         self._put_back(ticket)
         return True
 
+    def held_up_by(self) -> list[Ticket]:
+        """In flight: what the next step waits for only because it would be too old for the one after. Each may be given
+        up; the step has groups enough without them."""
+        if self._is_last or self._count["ready"] < self.rules.groups_per_step:
+            return []
+        return [t for t in self._waited_for() if t.state == "in_flight" and not self._is_protected(t)]
+
+    def give_up(self, number: int) -> None:
+        """Do not wait for this one of `held_up_by()`: it is cancelled and its prompt comes again, unless it arrives
+        before the step is taken."""
+        self._open[number].given_up = True
+
     def take(self) -> Taken | None:
         """The batch of `step`, or None while it is not complete; then the next step begins to be the next."""
         chosen = self._last_batch() if self._is_last else self._batch()
@@ -208,14 +221,24 @@ class Ledger:
         return None
 
     def _waited_for(self) -> list[Ticket]:
-        """Tickets that were put back often enough, as many as the later steps cannot take before they are too old."""
-        waiting = [t for t in self._open.values() if t.state in ("in_flight", "ready") and self._is_protected(t)]
-        waiting.sort(key=_by_age)
-        needed = 0
-        for place, ticket in enumerate(waiting):
+        """What the step must have so that nothing is too old afterwards: first of all, nothing that was put back often
+        enough."""
+        alive = [t for t in self._open.values() if t.state in ("in_flight", "ready")]
+        protected = self._due([t for t in alive if self._is_protected(t)])
+        numbers = {ticket.number for ticket in protected}
+        others = self._due([t for t in alive if self._is_worth_waiting(t)])
+        return [*protected, *(t for t in others if t.number not in numbers)][: self.rules.groups_per_step]
+
+    def _due(self, tickets: list[Ticket]) -> list[Ticket]:
+        """As many of them as the later steps cannot take before they are too old; ready ones first."""
+        due: list[Ticket] = []
+        left: list[Ticket] = []
+        for seen, ticket in enumerate(sorted(tickets, key=_by_age), 1):
             later_steps = (ticket.oldest + self.rules.max_staleness - self.step) // self.rules.steps_per_batch
-            needed = max(needed, place + 1 - self.rules.groups_per_step * later_steps)
-        return waiting[:needed]
+            bisect.insort(left, ticket, key=self._by_readiness)
+            while len(due) < seen - self.rules.groups_per_step * later_steps:
+                due.append(left.pop(0))
+        return due
 
     def _steps_ahead(self) -> int:
         """Batches, from the next one, that may hold what is sampled now."""
@@ -259,6 +282,13 @@ class Ledger:
     def _is_protected(self, ticket: Ticket) -> bool:
         return ticket.attempt >= self.rules.max_requeues
 
+    def _is_worth_waiting(self, ticket: Ticket) -> bool:
+        """With `oversample`, a step goes on with the first groups that are complete."""
+        return self._is_protected(ticket) or not (self._extra or ticket.given_up)
+
+    def _by_readiness(self, ticket: Ticket) -> tuple[bool, bool, int, int]:
+        return ticket.state != "ready", not self._is_protected(ticket), *_by_age(ticket)
+
     # --- entries --------------------------------------------------------------------------------------------------
 
     def _in_state(self, state: State) -> list[Ticket]:
@@ -274,6 +304,7 @@ class Ledger:
 
     def _put_back(self, ticket: Ticket) -> None:
         ticket.attempt += 1
+        ticket.given_up = False
         self._move(ticket, "pending")
 
     def _move(self, ticket: Ticket, state: State) -> None:

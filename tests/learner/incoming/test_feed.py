@@ -22,6 +22,7 @@ from rlx.errors import (
     SessionReplaced,
     UserCodeError,
 )
+from rlx.learner.incoming import feed as feed_module
 from rlx.learner.incoming.courier import Waits
 from rlx.learner.incoming.feed import Feed
 from rlx.learner.incoming.ledger import Ledger, Rules
@@ -189,7 +190,21 @@ def test_weights_travel_and_groups_are_sampled_while_the_learner_trains():
         service.wait_for(lambda: service.tickets() == ["4.0", "5.0"])
 
 
-def test_a_group_that_became_too_old_is_cancelled_and_sampled_anew():
+def test_a_step_waits_for_a_group_that_would_be_too_old_for_the_next(monkeypatch):
+    monkeypatch.setattr(feed_module, "_PATIENCE", 1e6)
+    service = Service()
+    with learner(service, max_staleness=1) as run:
+        steps = run.in_background()
+        service.finish("1.0", "2.0")
+        assert steps().tickets == (1, 2)
+        steps = run.in_background()
+        service.finish("4.0", "5.0", "3.0", "0.0")
+        assert steps().tickets == (0, 3)
+        assert service.cancelled == []
+    check_ages(run, 1)
+
+
+def test_a_group_that_holds_a_step_up_for_too_long_is_cancelled_and_sampled_anew():
     service = Service()
     with learner(service, max_staleness=1) as run:
         steps = run.in_background()

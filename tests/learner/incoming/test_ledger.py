@@ -36,6 +36,7 @@ class Simulation:
     failures: float
     restarts: int
     flat: float
+    impatience: float
     ledger: Ledger = field(init=False)
     running: dict[tuple[int, int], tuple[int, bool]] = field(default_factory=dict)
     """(number, attempt) → policy when it began, and whether it is slow."""
@@ -104,6 +105,11 @@ class Simulation:
         assert self.ledger.arrived(*key, oldest) == "unknown", "the same group twice counts once"
 
     def take(self) -> None:
+        for ticket in self.ledger.held_up_by():
+            assert (ticket.number, ticket.attempt) in self.running
+            assert ticket.attempt < self.rules.max_requeues
+            if self.rng.random() < self.impatience:
+                self.ledger.give_up(ticket.number)
         taken = self.ledger.take()
         if taken is None:
             return
@@ -142,9 +148,12 @@ class Simulation:
     st.sampled_from([0, 0.1]),
     st.integers(0, 2),
     st.sampled_from([0, 0.4, 1]),
+    st.sampled_from([0, 0.3, 1]),
 )
-def test_every_ticket_ends_exactly_once_whatever_the_service_does(rules, seed, stragglers, failures, restarts, flat):
-    run = Simulation(rules, random.Random(seed), stragglers, failures, restarts, flat)
+def test_every_ticket_ends_exactly_once_whatever_the_service_does(
+    rules, seed, stragglers, failures, restarts, flat, impatience
+):
+    run = Simulation(rules, random.Random(seed), stragglers, failures, restarts, flat, impatience)
     run.run()
     assert set(run.ended.values()) == {1}
     numbers = {number for _, number in run.ended}
@@ -231,6 +240,44 @@ def test_how_crowded_the_workers_are_changes_nothing_in_a_synchronous_run_or_aga
     assert len(send(books)) == sent
 
 
+def held_up_by(books: Ledger) -> list[int]:
+    return [ticket.number for ticket in books.held_up_by()]
+
+
+def test_a_step_waits_for_what_would_be_too_old_for_the_next():
+    books = ledger(max_staleness=1)
+    assert send(books) == [0, 1, 2, 3]
+    bring(books, 1, 2)
+    assert held_up_by(books) == []
+    assert consumed(books) == (1, 2), "the step after can still train 0 and 3"
+    books.serve(1)
+    assert send(books) == [4, 5]
+    bring(books, 4)
+    assert held_up_by(books) == [], "there is no second group that the step could take instead"
+    bring(books, 5, oldest=1)
+    assert consumed(books) is None
+    assert held_up_by(books) == [0, 3]
+    bring(books, 0)
+    assert held_up_by(books) == [3]
+    bring(books, 3)
+    assert consumed(books) == (0, 3)
+
+
+def test_what_arrives_after_it_was_given_up_is_trained_if_the_step_was_not_taken_yet():
+    books = ledger(max_staleness=1)
+    send(books)
+    bring(books, 1, 2)
+    books.take()
+    books.serve(1)
+    send(books)
+    bring(books, 4, 5, oldest=1)
+    books.give_up(0)
+    bring(books, 0)
+    assert consumed(books) is None
+    books.give_up(3)
+    assert consumed(books) == (0, 4)
+
+
 def test_a_straggler_is_cancelled_comes_again_under_another_attempt_and_is_then_waited_for():
     books = ledger(max_staleness=1, max_requeues=1)
     assert send(books) == [0, 1, 2, 3]
@@ -239,6 +286,8 @@ def test_a_straggler_is_cancelled_comes_again_under_another_attempt_and_is_then_
     books.serve(1)
     assert send(books) == [4, 5]
     bring(books, 4, 5, oldest=1)
+    for number in held_up_by(books):
+        books.give_up(number)
     taken = books.take()
     assert taken is not None
     assert (taken.consumed, taken.cancelled) == ((4, 5), ((0, 0), (3, 0)))
