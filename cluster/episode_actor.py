@@ -15,7 +15,6 @@ import threading
 import time
 import traceback
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -26,6 +25,7 @@ import numpy as np
 from rlx.cluster.calls import call
 from rlx.cluster.packed import ask, unpack
 from rlx.config import Config
+from rlx.envs.threads import Executor
 from rlx.episode import Episode
 from rlx.errors import ServiceError
 from rlx.processes import write_output_to
@@ -67,7 +67,7 @@ class EpisodeActor:
         self._label = label
         write_output_to(Path(log))
         self._loop = asyncio.new_event_loop()
-        self._loop.set_default_executor(ThreadPoolExecutor(_THREADS, thread_name_prefix="to_thread"))
+        self._loop.set_default_executor(Executor(_THREADS, thread_name_prefix="to_thread"))
         self._thread = threading.Thread(target=self._turn, name="episodes", daemon=True)
         self._beat = time.monotonic()
         self._stall_s = 0.0

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import time
 from collections.abc import Coroutine, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,8 @@ from rlx.wire import GroupRequest
 LOAD_TIMEOUT_S = 120.0
 CLOSE_TIMEOUT_S = 10.0
 STUCK_AFTER_S = 2 * GRACE_S
+LOOK_INTERVAL_S = 30.0
+"""Between two looks for threads that episodes left behind, where none has timed out."""
 _CONCURRENCY = 4096
 _log = logging.getLogger(__name__)
 
@@ -120,6 +123,7 @@ class _Process:
         self._starting = asyncio.Lock()
         self._lives = itertools.count()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._look_at = 0.0
 
     @property
     def pids(self) -> list[int]:
@@ -153,7 +157,8 @@ class _Process:
             life.in_flight -= 1
             if life in self._retired and not life.in_flight:
                 self._end(life)
-        if any(episode.status == "timeout" for episode in episodes):
+        if any(episode.status == "timeout" for episode in episodes) or time.monotonic() > self._look_at:
+            self._look_at = time.monotonic() + LOOK_INTERVAL_S
             self._later(self._retire_if_stuck(life))
         return [replace(episode, process=self._name) for episode in episodes]
 

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from rlx.envs.messages import whole
+
 
 class DataText:
     """Encodes rendered templates. Text goes through `escape` before it is rendered, the rendering through `encode`.
@@ -53,7 +55,7 @@ class DataText:
         """Token ids int32 [T] of a rendering, in which only what the template wrote becomes special tokens."""
         text = self._any.sub(lambda found: self._secret(found[0]), rendered)
         text = self._escaped.sub(lambda found: self._names[int(found[1])], text)
-        ids = self._core.encode(text, add_special_tokens=False).ids
+        ids = self._core.encode(whole(text), add_special_tokens=False).ids
         return np.asarray([self._ids.get(i, i) for i in ids] if self._ids else ids, dtype=np.int32)
 
     def _secret(self, name: str) -> str:

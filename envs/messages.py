@@ -31,6 +31,11 @@ def _with_object(call: Mapping[str, Any]) -> Message:
     return {**call, "function": {**function, "arguments": arguments}}
 
 
+def whole(text: str) -> str:
+    """`text` with U+FFFD for every half of a surrogate pair: JSON may hold one, and no tokenizer takes it."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
 def with_string_arguments(message: Message) -> Message:
     """The arguments of its tool calls as JSON text, which some templates want."""
     calls = [

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
+from rlx.envs.messages import whole
 from rlx.envs.rollout import ToolCall, Turn
 from rlx.errors import RlxError
 
@@ -189,7 +190,7 @@ class TextPrompts:
             return prompt
         begins = [(text, ids) for text, ids in self._known if prompt.startswith(text)]
         text, ids = max(begins, key=lambda known: len(known[0]), default=("", []))
-        return [*ids, *self._tokenizer.encode(prompt[len(text) :], add_special_tokens=not ids)]
+        return [*ids, *self._tokenizer.encode(whole(prompt[len(text) :]), add_special_tokens=not ids)]
 
     def remember(self, prompt: str | list[int], ids: list[int], sampled: list[int]) -> None:
         """`sampled` came after `prompt`, whose ids are `ids`. The next prompt may or may not repeat the end marker."""

@@ -28,6 +28,7 @@ from rlx.envs.errors import EnvLost, EpisodeTruncated
 from rlx.envs.rollout import Rollout
 from rlx.envs.session import Environments
 from rlx.envs.state import Endpoint, EpisodeState, Sample, new_deadline
+from rlx.envs.threads import Work, leave_behind, working_for
 from rlx.episode import SCORABLE, Episode, Status
 from rlx.errors import ConfigError, DeadlineExceeded, ServiceError, UserCodeError
 from rlx.wire import GroupRequest
@@ -91,17 +92,20 @@ class EpisodeRunner:
         return episode
 
     async def _attempt(self, state: EpisodeState) -> Episode:
-        call = asyncio.create_task(self._call(state), name=f"{state.request.key}:{state.index}.{state.attempt}")
+        work = Work(f"{state.request.key}, episode {state.index}")
+        call = asyncio.create_task(self._call(state, work), name=f"{state.request.key}:{state.index}.{state.attempt}")
         notes: list[str] = []
         try:
             await asyncio.wait({call}, timeout=state.deadline - time.monotonic())
             in_time = call.done()
         finally:
             state.end()
-            notes += await _to_the_end(_cleaned_up(call, state))
+            work.end()
+            notes += await _to_the_end(_cleaned_up(call, work, state))
         return self._ended(state, call if in_time else None, notes)
 
-    async def _call(self, state: EpisodeState) -> Any:
+    async def _call(self, state: EpisodeState, work: Work) -> Any:
+        working_for.set(work)
         try:
             return await self._function(Rollout(state, self._chat))
         except (SystemExit, KeyboardInterrupt) as error:  # would end the loop of all episodes
@@ -164,11 +168,11 @@ async def _to_the_end(work: Coroutine[Any, Any, list[str]]) -> list[str]:
     return task.result()
 
 
-async def _cleaned_up(call: asyncio.Task[Any], state: EpisodeState) -> list[str]:
-    return [*await _stopped(call), *await state.close()]
+async def _cleaned_up(call: asyncio.Task[Any], work: Work, state: EpisodeState) -> list[str]:
+    return [*await _stopped(call, work), *await state.close()]
 
 
-async def _stopped(call: asyncio.Task[Any]) -> list[str]:
+async def _stopped(call: asyncio.Task[Any], work: Work) -> list[str]:
     """Cancel `call` unless it is done, and wait until it is; a sentence where it does not end."""
     call.add_done_callback(lambda task: task.cancelled() or task.exception())  # else asyncio complains of it later
     if not call.done():
@@ -176,6 +180,7 @@ async def _stopped(call: asyncio.Task[Any]) -> list[str]:
         await asyncio.wait({call}, timeout=GRACE_S)
     if call.done():
         return []
+    leave_behind(call, work)
     return [f"the rollout function did not end within {GRACE_S:g} s of being cancelled; it is left running"]
 
 

@@ -7,7 +7,7 @@ import hashlib
 import math
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -22,6 +22,7 @@ from rlx.wire import Completion, GroupRequest, Sampling
 
 Sample = Callable[[str, np.ndarray, Sampling], Awaitable[Completion]]
 """(request_id, prompt_ids int32 [P], sampling) -> one completion."""
+_SAMPLING = {field.name for field in fields(Sampling)}
 _CHARACTERS_PER_TOKEN = 16
 """More than any text has on average."""
 CLOSE_TIMEOUT_S = 10.0
@@ -195,6 +196,10 @@ class EpisodeState:
             raise EpisodeTruncated(self._full(line))
         number = (self.request.seed, self.request.key, self.index, self.attempt, self._requests)
         digest = hashlib.blake2b(repr(number).encode(), digest_size=8).digest()
+        if unknown := set(changes) - _SAMPLING:
+            raise TypeError(f"there is no sampling field {min(unknown)!r}. There are: {', '.join(sorted(_SAMPLING))}")
+        if not changes.get("temperature", 1) > 0:
+            raise ValueError(f"temperature={changes['temperature']!r} samples nothing to learn from; give one above 0")
         sampling = replace(self.request.sampling, **{"seed": int.from_bytes(digest, "big") >> 1, **changes})
         if isinstance(sampling.stop, str):
             sampling = replace(sampling, stop=(sampling.stop,))

@@ -2,7 +2,7 @@
 
 A thread cannot be killed. Whoever waits for one may be cancelled; then a `Bridge` raises EpisodeOver in the thread
 at the next thing it asks for, and a thread that goes on regardless is named by `stuck_threads`, so that its process
-can be replaced.
+can be replaced. So is a thread that the user's own `asyncio.to_thread` began, as far as `Executor` runs them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import contextvars
 import threading
 import time
 from collections.abc import Callable, Coroutine
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from rlx.errors import UserCodeError
@@ -25,16 +27,57 @@ GRACE_S = 2.0
 _abandoned: dict[threading.Thread, float] = {}
 
 
+@dataclass
+class Work:
+    """What threads work for, called `name`; `over_at` is when it was over, on time.monotonic()."""
+
+    name: str
+    over_at: float | None = None
+
+    def end(self) -> None:
+        self.over_at = time.monotonic()
+
+
+working_for: contextvars.ContextVar[Work | None] = contextvars.ContextVar("working_for", default=None)
+_at_work: dict[threading.Thread | asyncio.Task[Any], Work] = {}
+
+
+class Executor(ThreadPoolExecutor):
+    """An event loop's threads, each known to `stuck_threads` by the `working_for` of who began its call."""
+
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        work = working_for.get()
+        return super().submit(fn if work is None else partial(_at, work, fn), *args, **kwargs)
+
+
+def _at(work: Work, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    thread = threading.current_thread()
+    _at_work[thread] = work
+    try:
+        return function(*args, **kwargs)
+    finally:
+        del _at_work[thread]
+
+
 class EpisodeOver(BaseException):
     """Ends a user's function in its thread: nobody waits for it any more. `except Exception` does not catch it."""
 
 
 def stuck_threads() -> list[str]:
-    """Names of the threads that still run although what they work for was over more than GRACE_S seconds ago."""
+    """Names of the threads, and of coroutines that ignore their end, which still run although what they work for was
+    over more than GRACE_S seconds ago."""
     for thread in [thread for thread in _abandoned if not thread.is_alive()]:
         _abandoned.pop(thread, None)
     now = time.monotonic()
-    return [thread.name for thread, since in list(_abandoned.items()) if now - since > GRACE_S]
+    own = [thread.name for thread, since in list(_abandoned.items()) if now - since > GRACE_S]
+    works = [work for work in list(_at_work.values()) if work.over_at is not None and now - work.over_at > GRACE_S]
+    return [*own, *(work.name for work in works)]
+
+
+def leave_behind(task: asyncio.Task[Any], work: Work) -> None:
+    """`task` goes on although it was cancelled: `stuck_threads` names it until it ends."""
+    _at_work[task] = work
+    task.add_done_callback(lambda task: _at_work.pop(task, None))
 
 
 async def in_thread(function: Callable[[], T], name: str) -> T:

@@ -213,6 +213,11 @@ async def _score_beside(reward: Reward, request: ScoreRequest, log: RewardLog, t
         async with asyncio.timeout(timeout_s) as scope:
             result = await reward.function(*args, **kwargs)
         return read_values(reward, result, log.num_completions)
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():  # by the caller
+            raise
+        return _raised(reward, error, log.num_completions)
     except (Exception, SystemExit) as error:  # whatever the user's code raises is its outcome
         if scope.expired():
             told = f"did not answer within {timeout_s:g} s (rewards.timeout) and was cancelled."

@@ -62,11 +62,9 @@ async def misbehaves(ctx):
 async def leaves():
     raise SystemExit(3)
 
-def never_ends(model, processing_class, prompts, generation_config=None):
-    inputs = processing_class("a", return_tensors="pt")
-    model.generate(**inputs, max_new_tokens=2)
-    while True:
-        time.sleep(0.1)
+async def never_ends(ctx):
+    await ctx.turn(max_tokens=2)
+    await asyncio.to_thread(time.sleep, 1000)
 """
 
 

@@ -303,8 +303,10 @@ async def test_sampling_of_one_turn_is_changed_by_name():
     first, second = (r.sampling for r in policy.requests)
     assert (first.max_tokens, first.temperature, first.stop) == (3, 0.5, ("x",))
     assert (second.max_tokens, second.temperature, second.stop) == (97, 1.0, ())
-    with pytest.raises(TypeError, match="temprature"):
+    with pytest.raises(TypeError, match=r"no sampling field 'temprature'. There are: extra, max_tokens, .*temperature"):
         await ctx.fork().turn(temprature=1)
+    with pytest.raises(ValueError, match="temperature=0 samples nothing to learn from"):
+        await ctx.fork().turn(temperature=0)
     with pytest.raises(ValueError, match="max_tokens is 0"):
         await ctx.fork().turn(max_tokens=0)
 

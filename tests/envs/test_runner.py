@@ -1,5 +1,6 @@
 import asyncio
 import contextlib
+import threading
 import time
 from typing import Any
 
@@ -12,6 +13,7 @@ from rlx.envs import state as state_module
 from rlx.envs.errors import EnvLost
 from rlx.envs.rollout import Rollout
 from rlx.envs.runner import Native
+from rlx.envs.threads import Executor, stuck_threads
 from rlx.episode import Episode
 from rlx.errors import ConfigError, DeadlineExceeded, ServiceError, ServiceUnavailable
 from rlx.wire import GroupRequest, GroupResult, RewardOutcome
@@ -278,7 +280,37 @@ async def test_a_function_that_swallows_its_cancellation_is_given_up(monkeypatch
     assert episode.status == "timeout"
     assert "did not end within 0.05 s of being cancelled" in episode.error
     assert swallowed
+    monkeypatch.setattr("rlx.envs.threads.GRACE_S", 0.0)
+    stuck = stuck_threads()
     release.set()
+    assert stuck == ["g, episode 0"]
+    async with asyncio.timeout(10):
+        while stuck_threads():  # noqa: ASYNC110 - the task sets no event behind its end
+            await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("gives_up", [True, False])
+async def test_a_thread_that_the_function_left_behind_is_named_until_it_ends(monkeypatch, gives_up: bool):
+    monkeypatch.setattr("rlx.envs.threads.GRACE_S", 0.0)
+    asyncio.get_running_loop().set_default_executor(Executor(2))
+    release = threading.Event()
+
+    async def function(ctx: Rollout) -> float:
+        await ctx.turn()
+        waiting = asyncio.to_thread(release.wait, 30)
+        try:
+            await (asyncio.wait_for(waiting, 0.05) if gives_up else waiting)
+        except TimeoutError:
+            assert not stuck_threads(), "the episode is not over"
+        return 1.0
+
+    episode = await _one(function, timeout=30.0 if gives_up else 0.3)
+    assert episode.status == ("ok" if gives_up else "timeout")
+    stuck = stuck_threads()
+    release.set()
+    assert stuck == ["g, episode 0"]
+    await asyncio.get_running_loop().shutdown_default_executor()
+    assert not stuck_threads()
 
 
 async def test_a_function_that_catches_everything_does_not_sample_after_its_end(monkeypatch: pytest.MonkeyPatch):
