@@ -23,7 +23,6 @@ from accelerate.utils import save_fsdp_optimizer
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME
-from transformers.trainer_utils import rotate_checkpoints
 
 from rlx.config import Config
 from rlx.learner.incoming.stream import RolloutStream, StepBatch
@@ -34,7 +33,7 @@ from rlx.learner.objective.loss_metrics import LossMetrics
 from rlx.learner.objective.losses import LossOptions, policy_loss
 from rlx.learner.policy.adapters import WEIGHTS, saved_tensors, without_adapter
 from rlx.learner.policy.checkpoints import clear, seal
-from rlx.learner.policy.kept import CHECKPOINT_MARKER
+from rlx.learner.policy.kept import CHECKPOINT_MARKER, drop_older
 from rlx.learner.policy.reference import load_reference, mix_into, save_reference
 from rlx.learner.policy.sharding import load_whole, prepare_fsdp, shard, whole_state
 from rlx.learner.ranks import Ranks
@@ -268,7 +267,8 @@ class GRPOTrainer(Trainer):
             if self._bonus.adaptive:
                 state["entropy_bonus"] = self._bonus.state()
             seal(folder, state)
-            rotate_checkpoints(self.args.output_dir, self._config.save_total_limit, use_mtime=True)
+            if (most := self._config.save_total_limit) is not None:
+                drop_older(folder.parent, most)
 
 
 class StepClock(TrainerCallback):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import shutil
 import struct
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +56,7 @@ def clear(folder: Path) -> None:
 
 def seal(folder: Path, state: Mapping[str, Any]) -> None:
     """When all files of a checkpoint are written: from here on it is one."""
-    marker = {"format": _FORMAT, "saved_at": time.time(), "files": settle(folder), **state}
+    marker = {"format": _FORMAT, "saved_at": kept.time_of_next(folder.parent), "files": settle(folder), **state}
     write_atomically(folder / CHECKPOINT_MARKER, json.dumps(marker))
 
 

@@ -9,6 +9,7 @@ gateway does not take in time is left out, counted in `lost` and said once; the 
 from __future__ import annotations
 
 import json
+import math
 import threading
 import time
 from collections import deque
@@ -58,7 +59,8 @@ class Observer:
         self._waiting: deque[tuple[str, bytes]] = deque()
         self._size, self._lock, self._closing = 0, threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._work, name="observer", daemon=True)
-        self._after, self._newest = 0, since
+        self._after, self._since = 0, since
+        self._heard_before: set[tuple[int, float]] = set()
         self.lost = 0
 
     def start(self) -> None:
@@ -136,10 +138,13 @@ class Observer:
                     self._size -= len(item[1])
 
     def _heard(self, answer: Mapping[str, Any]) -> None:
-        new = [event for event in answer["events"] if event["time"] > self._newest]
-        self._after = int(answer["next"])
+        """Only the first answer has events of a time before this learner; later ones count whatever the clock says."""
+        known, self._after = self._heard_before, int(answer["next"])
+        found = {(event["n"], event["time"]): event for event in answer["events"] if event["time"] > self._since}
+        new = [event for number, event in found.items() if number not in known]
+        known.update(found)
+        self._since = -math.inf
         if new:
-            self._newest = max(event["time"] for event in new)
             self._on_events(new)
 
     def _refused(self, answer: httpx.Response, count: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ from rlx.config import Config, load_config
 from rlx.errors import ConfigError
 from rlx.learner.main import train
 from rlx.learner.policy.checkpoints import clear, find_resume_point, save_final, seal
-from rlx.learner.policy.kept import CHECKPOINT_MARKER
+from rlx.learner.policy.kept import CHECKPOINT_MARKER, drop_older, newest
 
 
 def checkpoint(out: Path, step: int, saved_at: float, version: int = 1) -> Path:
@@ -145,10 +144,23 @@ def test_a_run_that_ends_while_it_writes_a_checkpoint_leaves_none(
     assert find_resume_point(config) is None
 
 
+def test_the_newest_checkpoint_is_the_one_that_was_written_last_also_when_the_clock_is_set_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "checkpoint-9").mkdir()  # not finished
+    for step, now in ((1, 5000.0), (2, 1000.0), (3, 1000.0)):
+        monkeypatch.setattr("time.time", lambda now=now: now)
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        seal(folder, {"step": step, "weight_version": step})
+        drop_older(tmp_path, 2)
+    assert newest(tmp_path) == folder
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-3"]
+
+
 def test_a_run_keeps_the_newest_checkpoints_also_beside_those_of_an_earlier_run(tmp_path: Path) -> None:
     path = write_run(tmp_path, max_steps=3, save_steps=1, save_total_limit=2, test_datasets=None)
     old = checkpoint(tmp_path / "out", 30, saved_at=1.0)
-    os.utime(old, (1.0, 1.0))
     with serve() as served:
         train(config_for(path, served), 1)
         point = find_resume_point(config_for(path, served, auto_resume_from_checkpoints=True))

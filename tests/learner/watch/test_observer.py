@@ -118,7 +118,11 @@ def test_the_services_events_come_once_each_also_over_its_restart_and_not_those_
         ring[:] = [{"n": n, "time": 30.0 + n} for n in range(1, 4)]  # another process
         fails.set()
         gateway.wait_for(lambda: any(body["after"] == 3 for body in gateway.bodies))
-    assert [event["time"] for event in events] == [20.0, 31.0, 32.0, 33.0]
+        ring.append({"n": 4, "time": 5.0})  # its clock was set back
+        gateway.wait_for(lambda: any(body["after"] == 4 for body in gateway.bodies))
+        fails.set()
+        gateway.wait_for(lambda: not fails.is_set() and gateway.bodies[-1]["after"] == 4)
+    assert [event["time"] for event in events] == [20.0, 31.0, 32.0, 33.0, 5.0]
 
 
 def test_what_a_gateway_that_fails_did_not_take_comes_again_in_order() -> None:
