@@ -1,10 +1,11 @@
 """One learner's forward and backward of one optimizer step, in a process of its own: `python paths.py NAME SETTINGS`.
 
-NAME is ours, ours-padded (no packing), ours-unshared (packed, every prompt per completion), trl-sync or trl-async. Each reads a line, runs the step, and answers with one
-line of JSON: loss, gradient norm, tokens forwarded, wall and CPU seconds, peak resident memory in bytes.
+NAME is one of `PATHS`. Each reads a line, runs the step, and answers with one line of JSON: loss, gradient norm, tokens
+forwarded, wall and CPU seconds, peak resident memory in bytes. With one thread it stays on one core from the first step.
 
+- ours: packed rows, prompts shared; ours-unshared: every prompt once per completion; ours-padded: no packing.
 - trl-sync: `_compute_loss` of TRL's own `GRPOTrainer` on micro-batches of the batch that its own code made of the
-  rollouts; `old` adds the forward for the old log-probabilities, which its importance correction needs.
+  rollouts; trl-sync-old adds the forward for the old log-probabilities, which its importance correction needs.
 - trl-async: rows and collator of TRL's asynchronous trainer, its `compute_loss`, its fused head. CPU port: its tree
   attention, which needs flash attention 3, is scaled dot products per segment over the keys that it names.
 Both of TRL's score only labelled positions, as on a GPU; on a CPU they would score prompts and padding, too.
@@ -13,6 +14,7 @@ Both of TRL's score only labelled positions, as on a GPU; on a CPU they would sc
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
 import tempfile
@@ -52,7 +54,6 @@ class Settings:
     layers: int = 6
     micro_batch: int = 4
     token_budget: int = 1024
-    old: bool = False
     threads: int = 1
 
     @property
@@ -122,7 +123,7 @@ def ours(settings: Settings, model: Qwen2ForCausalLM, packed: bool, shared: bool
     return step
 
 
-def trl_sync(settings: Settings, model: Qwen2ForCausalLM) -> Step:
+def trl_sync(settings: Settings, model: Qwen2ForCausalLM, old: bool = False) -> Step:
     from datasets import Dataset
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
@@ -153,20 +154,20 @@ def trl_sync(settings: Settings, model: Qwen2ForCausalLM) -> Step:
     trl.current_gradient_accumulation_steps = parts
     trl.args.gradient_accumulation_steps = trl.args.steps_per_generation = parts
     trl.use_vllm, trl._last_loaded_step = True, 0  # the rollout function stands for vLLM, with its weights loaded
-    trl.vllm_importance_sampling_correction = settings.old
+    trl.vllm_importance_sampling_correction = old
     model.train()
 
     def rollout() -> Any:
         batch = trl._generate_and_score_completions([{"prompt": "t2"}] * count)
         batch["advantages"] = torch.tensor(rollouts.advantages)
-        if settings.old:  # made-up log-probabilities of the rollout: their ratio is computed, then left out
+        if old:  # made-up log-probabilities of the rollout: their ratio is computed, then left out
             batch["importance_sampling_ratio"] = torch.ones_like(batch["importance_sampling_ratio"])
         return batch
 
     ready = rollout()
 
     def step() -> tuple[float, int]:
-        batch = rollout() if settings.old else ready
+        batch = rollout() if old else ready
         total = 0.0
         for part in split_tensor_dict(batch, parts):
             loss = trl._compute_loss(model, part)
@@ -263,20 +264,25 @@ def score_labelled_positions_only() -> None:
     trl.trainer.utils._use_triton = lambda device: True
 
 
+PATHS: dict[str, Callable[[Settings, Qwen2ForCausalLM], Step]] = {
+    "ours": lambda settings, model: ours(settings, model, packed=True),
+    "ours-unshared": lambda settings, model: ours(settings, model, packed=True, shared=False),
+    "ours-padded": lambda settings, model: ours(settings, model, packed=False),
+    "trl-sync": trl_sync,
+    "trl-sync-old": lambda settings, model: trl_sync(settings, model, old=True),
+    "trl-async": trl_async,
+}
+
+
 def main() -> None:
     import rlx.learner.main  # noqa: F401  what a learner of ours holds in memory
 
     name, settings = sys.argv[1], Settings(**json.loads(sys.argv[2]))
     torch.set_num_threads(settings.threads)
     model = make_model(settings)
-    step = {
-        "ours": lambda: ours(settings, model, True),
-        "ours-padded": lambda: ours(settings, model, False),
-        "ours-unshared": lambda: ours(settings, model, True, shared=False),
-        "trl-sync": lambda: trl_sync(settings, model),
-        "trl-async": lambda: trl_async(settings, model),
-    }[name]()
-    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    step = PATHS[name](settings, model)
+    if settings.threads == 1:
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     for _ in sys.stdin:
         model.zero_grad()
         wall, cpu = time.perf_counter(), time.process_time()
@@ -285,7 +291,7 @@ def main() -> None:
         gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm().item()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         print("STEP " + json.dumps({
-            "loss": loss, "gradient": gradient, "tokens": tokens, "wall_s": wall, "cpu_s": cpu, "peak": peak, "base": base
+            "loss": loss, "gradient": gradient, "tokens": tokens, "wall_s": wall, "cpu_s": cpu, "peak": peak
         }), flush=True)  # fmt: skip
 
 

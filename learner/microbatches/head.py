@@ -2,7 +2,8 @@
 
 The logits of all T tokens at once, [T, V], are the largest tensor of a step. Here they exist for one chunk of tokens
 at a time, in the forward and again in the backward. Where all of them fit one chunk they are kept instead, which
-saves computing them twice.
+saves computing them twice. A head that is not trained, as beside an adapter, needs neither: what a log-probability's
+gradient is in the hidden states, [T, D], is found in the forward.
 
 Shapes: T tokens, D hidden size, V vocabulary, C tokens of one chunk; B sequences and K columns that the model hands to
 its head.
@@ -127,12 +128,14 @@ class _Score(torch.autograd.Function):
         entropy_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
         needs_gradient = any(ctx.needs_input_grad)
+        ctx.frozen = needs_gradient and not entropy_gradient and not any(ctx.needs_input_grad[1:3])
         num_tokens, vocabulary = len(hidden_TD), len(weight_VD)
-        keep = needs_gradient and num_tokens * vocabulary <= _KEPT_LOGITS
+        keep = needs_gradient and not ctx.frozen and num_tokens * vocabulary <= _KEPT_LOGITS
         size = max(1, num_tokens if keep else _CHUNK_LOGITS // vocabulary)
         logprobs_T = torch.empty(num_tokens, dtype=torch.float32, device=hidden_TD.device)
         normalizers_T, entropies_T = torch.empty_like(logprobs_T), torch.zeros_like(logprobs_T)
         kept = hidden_TD.new_empty(0)
+        slopes_TD = torch.empty_like(hidden_TD if ctx.frozen else kept)
         for start in range(0, num_tokens, size):
             part = slice(start, start + size)
             logits_CV = _logits(hidden_TD[part], weight_VD, bias_V, temperature)
@@ -147,7 +150,13 @@ class _Score(torch.autograd.Function):
             logprobs_T[part] = targets_C - normalizers_T[part]
             if keep:
                 kept = exp_CV.div_(sums_C1)
-        if needs_gradient:
+            elif ctx.frozen:
+                change_CV = exp_CV.div_(-sums_C1)
+                change_CV.scatter_add_(1, ids_T[part, None], torch.ones_like(sums_C1))
+                torch.mm(change_CV.to(weight_VD.dtype), weight_VD, out=slopes_TD[part])
+        if ctx.frozen:
+            ctx.save_for_backward(slopes_TD.div_(temperature))
+        elif needs_gradient:
             ctx.save_for_backward(hidden_TD, weight_VD, bias_V, ids_T, normalizers_T, entropies_T, kept)
             ctx.temperature, ctx.size, ctx.keep, ctx.entropy_gradient = temperature, size, keep, entropy_gradient
         return logprobs_T, entropies_T
@@ -155,6 +164,9 @@ class _Score(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_logprobs_T: Tensor, grad_entropies_T: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.frozen:
+            (slopes_TD,) = ctx.saved_tensors
+            return (slopes_TD * grad_logprobs_T[:, None]).to(slopes_TD.dtype), None, None, None, None, None, None
         hidden_TD, weight_VD, bias_V, ids_T, normalizers_T, entropies_T, kept = ctx.saved_tensors
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         grad_hidden_TD = torch.empty_like(hidden_TD) if wants_hidden else None

@@ -199,6 +199,34 @@ def test_a_head_in_chunks_equals_a_whole_one(
             torch.testing.assert_close(got, value, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_head_that_is_not_trained_is_computed_once_and_equals_a_trained_one(
+    monkeypatch: pytest.MonkeyPatch, bias: bool
+) -> None:
+    torch.manual_seed(0)
+    hidden, ids, layer = torch.randn(13, 8), torch.randint(VOCAB, (13,)), nn.Linear(8, VOCAB, bias)
+    weights, sizes, logits = torch.randn(13), list[int](), head._logits
+    monkeypatch.setattr(head, "_CHUNK_LOGITS", 5 * VOCAB)
+
+    def seen(*arguments: Any) -> Tensor:
+        sizes.append(logits(*arguments).numel())
+        return logits(*arguments)
+
+    def results() -> list[Tensor]:
+        inputs = hidden.clone().requires_grad_()
+        logprobs, entropies = head.score(inputs, layer.weight, layer.bias, ids, 0.7)
+        (logprobs @ weights).backward()
+        assert inputs.grad is not None
+        return [logprobs.detach(), entropies, inputs.grad]
+
+    expected = results()
+    layer.requires_grad_(False)
+    monkeypatch.setattr(head, "_logits", seen)
+    for got, value in zip(results(), expected, strict=True):
+        torch.testing.assert_close(got, value, rtol=1e-5, atol=1e-6)
+    assert sizes == [5 * VOCAB, 5 * VOCAB, 3 * VOCAB]
+
+
 def test_the_logits_of_all_tokens_never_exist_together(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(head, "_KEPT_LOGITS", 0)
     monkeypatch.setattr(head, "_CHUNK_LOGITS", 4 * VOCAB)
