@@ -3,6 +3,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 TORCH := 2.13.0
+# Two test processes: most tests wait more than they compute. tests/conftest.py says which may run beside which.
+TWO := -n 2 --dist loadgroup --no-loadscope-reorder
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .PHONY: quickstart install reasoning-gym qlora openenv programs test test-fast check docs clean
@@ -51,10 +53,10 @@ programs:
 	  echo "the tests need $$p; type: apt-get install --no-install-recommends $$(xargs < .ci/debian)" >&2; exit 1; }; done
 
 test: programs install reasoning-gym qlora openenv
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest $(TWO)
 
 test-fast: install reasoning-gym qlora
-	@$(BIN)/python -m pytest -m "not vllm and not slow"
+	@$(BIN)/python -m pytest $(TWO) -m "not vllm and not slow"
 
 check: install
 	@$(BIN)/ruff check

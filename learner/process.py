@@ -5,11 +5,14 @@ Nothing heavy is imported before `main`, which tells every error once: rank 0 on
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
 import time
 import traceback
+from collections.abc import Iterator
+from types import ModuleType
 
 from rlx.config import load_config, parse_overrides
 from rlx.errors import RlxError
@@ -34,7 +37,8 @@ def main() -> int:
             write_output_to(log_of(config, rank))
         import torch
 
-        from rlx.learner.main import train
+        with contextlib.nullcontext() if config.adapter == "qlora" else _without_bitsandbytes():
+            from rlx.learner.main import train
 
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         train(config, num_processes)
@@ -51,6 +55,19 @@ def main() -> int:
         if rank:
             time.sleep(_AFTER_RANK_ZERO_S)
         return error.exit_code if isinstance(error, RlxError) else 1
+
+
+@contextlib.contextmanager
+def _without_bitsandbytes() -> Iterator[None]:
+    """PEFT, which is imported meanwhile, takes it for not installed; it would import it, and with it torch's compiler: a
+    second of every start."""
+    modules: dict[str, ModuleType | None] = sys.modules  # type: ignore[assignment]
+    hidden = "bitsandbytes" not in modules
+    if hidden:
+        modules["bitsandbytes"] = None
+    yield
+    if hidden:
+        del modules["bitsandbytes"]
 
 
 if __name__ == "__main__":

@@ -202,12 +202,14 @@ def test_sigterm_drains_and_leaves_no_process_no_port_and_no_ray(running):
     ]
     below = descendants(running.process.pid)
     assert len(below) > 5
-    temp_dirs = set(Path("/tmp").glob("rlx-ray-*/session_latest"))
+    open_files = [Path(os.readlink(fd)) for fd in Path(f"/proc/{running.process.pid}/fd").iterdir()]
+    [temp_dir] = {path for path in open_files if path.name.startswith("rlx-ray-")}
+    assert (temp_dir / "session_latest").exists()
     running.process.send_signal(signal.SIGTERM)
     assert running.process.wait(40) == 0
     assert left_of(below, within_s=4) == []
     assert port_is_free(running.config.vllm.port)
-    assert len(set(Path("/tmp").glob("rlx-ray-*/session_latest"))) < len(temp_dirs)
+    assert not temp_dir.exists()
     text = running.output.read_text()
     assert f"ready: {running.config.base_url}, 1 worker, version 0" in text
     assert "dashboard: http://127.0.0.1:" in text

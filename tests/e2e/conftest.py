@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from e2e_parts import Rlx, serving, write_config, write_rows
+from quickstart_model import QUICKSTART, make_quickstart
 from tiny_models import make_tiny_model
-
-QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -25,8 +22,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def quickstart() -> Path:
     """The quickstart's folder, with its model and data made."""
-    made = [sys.executable, str(QUICKSTART / "make_model.py"), "--out", str(QUICKSTART / "out")]
-    subprocess.run(made, check=True, timeout=600, stdout=subprocess.DEVNULL)
+    make_quickstart()
     return QUICKSTART
 
 

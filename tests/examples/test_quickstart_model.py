@@ -10,9 +10,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from quickstart_model import MAKE, QUICKSTART, make_quickstart
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-QUICKSTART = EXAMPLES / "quickstart"
 
 
 def load(path: Path) -> ModuleType:
@@ -143,9 +143,7 @@ def test_the_made_model_is_small_tied_loadable_and_solves_some_questions():
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    out = QUICKSTART / "out"  # where `make quickstart` and the end-to-end tests have it: made once
-    command = [sys.executable, str(QUICKSTART / "make_model.py"), "--out", str(out)]
-    subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
+    out = make_quickstart()
     made = json.loads((out / "made.json").read_text())
     assert 0.3 < made["heldout_accuracy"] < 0.55
     assert sorted(p.name for p in out.iterdir()) == ["data", "made.json", "model"]
@@ -160,5 +158,5 @@ def test_the_made_model_is_small_tied_loadable_and_solves_some_questions():
     assert len(rows) == 256
     assert rows[0].keys() == {"question", "answer"}
 
-    second = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    second = subprocess.run(MAKE, capture_output=True, text=True, timeout=60, check=True)
     assert "nothing to make" in second.stdout

@@ -6,8 +6,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import torch
 import yaml
 from fake_service import Score, config_for, lines, serve
 from policy_service import WORDS, PolicyWorker, make_word_model
+from quickstart_model import QUICKSTART, make_quickstart
 from transformers import AutoModelForCausalLM
 
 from rlx.episode import Episode
@@ -28,7 +27,6 @@ from rlx.wire import GroupRequest, Sampling
 
 pytestmark = pytest.mark.slow
 
-QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
 SEEDS = range(5)
 PAYS = dict(zip("abcdefghij", (0.1, 0.5, 0.2, 1.0, 0.0, 0.3, 0.6, 0.4, 0.1, 0.2), strict=True))
 BEST = "d"
@@ -54,10 +52,9 @@ def words(folder: Path, seed: int) -> None:
 
 
 def quickstart(folder: Path, seed: int) -> None:
-    command = [sys.executable, str(QUICKSTART / "make_model.py"), "--out", str(QUICKSTART / "out")]
-    subprocess.run(command, capture_output=True, timeout=600, check=True)  # made once, for all tests that need it
-    shutil.copytree(QUICKSTART / "out" / "model", folder / "model")
-    shutil.copy(QUICKSTART / "out" / "data" / "train.jsonl", folder / "data.jsonl")
+    out = make_quickstart()
+    shutil.copytree(out / "model", folder / "model")
+    shutil.copy(out / "data" / "train.jsonl", folder / "data.jsonl")
     shutil.copy(QUICKSTART / "rewards.py", folder / "rewards.py")
 
 

@@ -1,8 +1,10 @@
-"""What a learner process says of its end."""
+"""What a learner process says of its end, and what it does not import."""
 
 from __future__ import annotations
 
 import re
+import sys
+from importlib.util import find_spec
 
 import pytest
 
@@ -37,3 +39,11 @@ def test_a_lost_peer_is_a_line_and_a_defect_a_traceback(one_process, capsys):
 def test_ctrl_c_is_quiet(one_process, capsys):
     assert one_process(KeyboardInterrupt()) == 130
     assert capsys.readouterr().err == ""
+
+
+def test_peft_finds_bitsandbytes_only_where_4_bits_are_asked_for(monkeypatch):
+    monkeypatch.delitem(sys.modules, "bitsandbytes", raising=False)
+    with process._without_bitsandbytes():
+        assert find_spec("bitsandbytes") is None
+    assert find_spec("bitsandbytes") is not None
+    assert "bitsandbytes" not in sys.modules

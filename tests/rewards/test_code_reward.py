@@ -30,7 +30,12 @@ def nothing_is_left():
     before, folders = descendants(os.getpid()), set(Path("/tmp").glob("rlx-code-*"))
     yield
     assert descendants(os.getpid()).keys() <= before.keys()
-    assert set(Path("/tmp").glob("rlx-code-*")) <= folders
+    end = time.monotonic() + 30
+    while (
+        left := set(Path("/tmp").glob("rlx-code-*")) - folders
+    ):  # of other processes that grade something, for a while
+        assert time.monotonic() < end, left
+        time.sleep(0.05)
 
 
 def test_asserts_are_counted_one_by_one():
