@@ -44,6 +44,7 @@ def check_main(config: Config, num_processes: int) -> int:
     found.lines.append(f"devices: {layout.describe()}")
     row, tokenizer = _check_data(config, found)
     _check_adapter(config, found)
+    _check_optimizer(config, found)
     _check_trackers(config, found)
     _check_rewards(config, row, found)
     if config.has_episodes:
@@ -119,6 +120,16 @@ def _check_adapter(config: Config, found: _Findings) -> None:
             f"adapter: {config.lora_model_dir or f'new, rank {config.lora_r}'}, sent to the workers "
             f"{'alone' if config.lora_sync == 'adapter' else 'merged'}"
         )
+    except ConfigError as error:
+        found.errors.append(error)
+
+
+def _check_optimizer(config: Config, found: _Findings) -> None:
+    from rlx.learner.arguments import check_optimizer
+
+    try:
+        check_optimizer(config)
+        found.lines.append(f"optimizer: {config.optimizer}, {config.lr_scheduler}")
     except ConfigError as error:
         found.errors.append(error)
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 
 import torch
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments, get_scheduler
 
 from rlx.config import Config
+from rlx.errors import ConfigError
 from rlx.learner.policy.sharding import arguments as sharding_arguments
 from rlx.learner.policy.sharding import process_group_backend
 
@@ -20,6 +21,25 @@ class _Arguments(TrainingArguments):
     def device(self) -> torch.device:
         device = super().device
         return torch.device("cpu") if device.type == "cpu" else device
+
+
+def check_optimizer(config: Config) -> None:
+    """Makes optimizer and schedule for one number. ConfigError where a name is unknown to transformers, a package is
+    missing, or an argument does not fit."""
+    common = {"output_dir": config.output_dir, "report_to": "none", "use_cpu": True}
+    key = "optimizer"
+    try:
+        arguments = TrainingArguments(**common, optim=config.optimizer)
+        kind, settings = Trainer.get_optimizer_cls_and_kwargs(arguments, torch.nn.Linear(1, 1))
+        optimizer = kind([torch.nn.Parameter(torch.zeros(1, 1))], **settings)
+        key = "lr_scheduler"
+        TrainingArguments(**common, lr_scheduler_type=config.lr_scheduler)
+        get_scheduler(config.lr_scheduler, optimizer, 0, 1, config.lr_scheduler_kwargs)
+    except (ValueError, TypeError, ImportError) as error:
+        value = getattr(config, key)
+        raise ConfigError(
+            f"{config.path}: {key}: {value} cannot be used: {error}. Write another, or remove it"
+        ) from error
 
 
 def training_arguments(

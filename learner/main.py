@@ -16,7 +16,7 @@ from rich.console import Console
 from torch import nn
 
 from rlx.config import Config
-from rlx.learner.arguments import training_arguments
+from rlx.learner.arguments import check_optimizer, training_arguments
 from rlx.learner.incoming.recording import Codec
 from rlx.learner.incoming.rollouts import connect, longest_step_s
 from rlx.learner.incoming.stream import Fetched, RolloutStream, StepBatch
@@ -42,6 +42,7 @@ def train(config: Config, num_processes: int) -> None:
     is_first = int(os.environ.get("RANK", "0")) == 0
     _quiet_libraries(is_first)
     check_device(config)
+    check_optimizer(config)
     job = make_job(config, num_processes, Console(quiet=not is_first, stderr=False))
     client = connect(config, job.plan, job.console) if is_first and config.replay is None else None
     try:

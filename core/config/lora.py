@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -71,6 +72,15 @@ class LoraKeys(Section):
     @classmethod
     def no_modules_are_none(cls, value: Any) -> Any:
         return value or None
+
+    @field_validator("lora_target_modules")
+    @classmethod
+    def one_expression_compiles(cls, value: list[str] | str | None) -> list[str] | str | None:
+        try:
+            re.compile(value if isinstance(value, str) else "")
+        except re.error as error:
+            raise ValueError(f"{value!r} is no regular expression: {error}; write a list for ends of names") from error
+        return value
 
     @model_validator(mode="after")
     def adapter_keys_are_for_adapters(self) -> LoraKeys:

@@ -10,6 +10,7 @@ from rlx.config.section import Section
 
 _CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 _LOSSES_THAT_READ: dict[str, tuple[str, ...]] = {
+    "epsilon": (*_CLIPPED, "cispo"),
     "delta": _CLIPPED,
     "epsilon_high": (*_CLIPPED, "cispo"),
     **dict.fromkeys(("sapo_temperature_pos", "sapo_temperature_neg"), ("sapo",)),
@@ -41,7 +42,7 @@ class ObjectiveKeys(Section):
     # from advantages to the loss
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"] = Field(
         "dapo",
-        description="The loss of a token and how token losses are averaged. The clipped objective: grpo (per completion, then over completions), dr_grpo (by max_completion_length), dapo and bnpo (by all tokens of the step; TRL's bnpo: of the micro-batch, so that it changes with micro_batch_size), luspo (summed per completion; meant for importance_sampling_level: sequence). Averaged as dapo: cispo (bounded ratio without gradient), vespo (a smooth weight of each sequence's ratio). Averaged as grpo: sapo (a soft bound instead of clipping).",
+        description="The loss of a token and how token losses are averaged. The clipped objective: grpo (per completion, then over completions), dr_grpo (by max_completion_length), dapo and bnpo (by all tokens of the step; TRL's bnpo: of the micro-batch, so that it changes with micro_batch_size), luspo (summed per completion; meant for importance_sampling_level: sequence). Averaged as dapo: cispo (bounded ratio without gradient), vespo (a smooth weight of each sequence's ratio). Averaged as grpo: sapo (a soft bound instead of clipping). To none of them a balancing loss is added for the router of a mixture of experts; TRL adds it where the model's settings have one.",
     )
     importance_sampling_level: Literal["token", "sequence"] = Field(
         "token",

@@ -140,6 +140,11 @@ def _second_looks(config: Config) -> list[str]:
             f"{', '.join(narrowed)}: the workers sample from another distribution than the learner trains; importance "
             "ratios will be far from 1. Leave it out unless you mean it"
         )
+    if trl.loss_type == "cispo" and trl.epsilon_high is None:
+        notes.append(
+            f"loss_type: cispo without epsilon_high bounds every importance ratio at epsilon ({trl.epsilon:g}), as in TRL; "
+            "ScaleRL recommends epsilon_high: 5.0"
+        )
     return notes
 
 

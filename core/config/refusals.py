@@ -62,7 +62,15 @@ REFUSED: dict[str, Refusal] = {
     **_refuse("plugins", "Axolotl's plugins are not loaded", _REMOVE, (None, False, [])),
     **_refuse("trl.use_liger_loss", "Liger's fused GRPO loss has some of the losses only; rlx's never holds all logits either, for every loss", "Remove the key; Liger's other kernels are `use_liger_kernel: true`."),
     **_refuse("trl.vllm_enable_sleep_mode", "the workers have GPUs of their own and never sleep", _REMOVE),
-    **_refuse("trl.cast_lm_head_to_fp32", "it is not supported", _REMOVE),
+    **_refuse("trl.router_aux_loss_coef", "no balancing loss is added for the router of a mixture of experts: it is a mean over a micro-batch, "
+              "so that the loss would change with micro_batch_size", "Remove the key, or write 0.", (None, 0, 0.0)),
+    **_refuse("trl.model_init_kwargs", "each of its keys has a name of its own", "Write `revision_of_model`, `attn_implementation`, `adapter: qlora`, ...", (None, {})),
+    **_refuse("trl.pad_to_multiple_of", "rows are as long as their sequences", _REMOVE, (None, "auto")),
+    **_refuse("trl.vllm_gpu_memory_utilization trl.vllm_max_model_length trl.vllm_model_impl trl.vllm_group_port trl.ds3_gather_for_generation", "it is of TRL's own "
+              "engine", "Write `vllm: {gpu_memory_utilization: ..., max_model_len: ...}`, or remove the key."),
+    **_refuse("trl.use_transformers_paged trl.use_transformers_continuous_batching trl.transformers_continuous_batching_config trl.cache_implementation",
+              "rlx generates with vLLM only", _REMOVE),
+    **_refuse("trl.log_unique_prompts trl.log_completions_hub_repo trl.log_multimodal", "samples.jsonl holds what was sampled", _REMOVE, (None, False, True)),
     **_refuse("trl.use_data_producer trl.async_prefetch trl.prefetch_depth trl.vllm_sync_interval trl.streaming_partial_batch "
               "trl.replay_buffer_size trl.skip_zero_advantage_batches", "the run is synchronous: weights are published after every step",
               _REMOVE, (None, False, 0)),

@@ -104,7 +104,10 @@ class Config(LoraKeys, ShardingKeys, TrackerKeys):
     max_steps: int | None = Field(None, ge=1, description="Optimizer steps; overrides num_epochs.")
     learning_rate: float = Field(1e-6, gt=0, description="Peak learning rate (TRL's GRPO default).")
     optimizer: str = Field("adamw_torch", description="An optimizer of transformers' TrainingArguments.optim.")
-    lr_scheduler: str = Field("cosine", description="A schedule of transformers' TrainingArguments.lr_scheduler_type.")
+    lr_scheduler: str = Field(
+        "cosine",
+        description="A schedule of transformers' TrainingArguments.lr_scheduler_type; cosine is Axolotl's default, linear TRL's.",
+    )
     lr_scheduler_kwargs: dict[str, Any] = Field(default={}, description="Its arguments.")
     warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up.")
     warmup_ratio: float | None = Field(None, ge=0, lt=1, description="Instead of warmup_steps: share of all steps.")
@@ -133,7 +136,7 @@ class Config(LoraKeys, ShardingKeys, TrackerKeys):
     auto_resume_from_checkpoints: bool = Field(
         False, description="Go on from the newest complete checkpoint in output_dir, if there is one."
     )
-    logging_steps: int = Field(1, ge=1, description="Optimizer steps between log lines.")
+    logging_steps: int = Field(1, ge=1, description="Optimizer steps between log lines (TRL's default is 10).")
     eval_steps: int | None = Field(None, ge=1, description="Optimizer steps between evaluations.")
     eval_success_reward: float = Field(
         1.0, description="Weighted reward from which on a completion counts as solved, for pass@k in evaluations."
@@ -201,9 +204,24 @@ class Config(LoraKeys, ShardingKeys, TrackerKeys):
         return self
 
     @model_validator(mode="after")
+    def a_cut_head_is_gathered_as_the_rest(self) -> Config:
+        if self.trl.cast_lm_head_to_fp32 and (self.is_sharded or self.deepspeed is not None):
+            raise ValueError(
+                "trl.cast_lm_head_to_fp32 excludes fsdp and deepspeed, which gather the head in the type of the other "
+                "layers; remove one of them"
+            )
+        return self
+
+    @model_validator(mode="after")
     def one_chat_template(self) -> Config:
         if self.chat_template not in (None, "tokenizer_default") and self.chat_template_jinja is not None:
             raise ValueError("chat_template and chat_template_jinja are both given; keep one")
+        return self
+
+    @model_validator(mode="after")
+    def one_length_of_warm_up(self) -> Config:
+        if self.warmup_steps and self.warmup_ratio is not None:
+            raise ValueError("warmup_steps and warmup_ratio are both given; keep one")
         return self
 
     @model_validator(mode="after")

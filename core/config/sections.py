@@ -47,7 +47,9 @@ class TrlSection(ObjectiveKeys):
     )
     # generation
     num_generations: int = Field(8, ge=2, description="Completions per prompt, the size G of a group.")
-    num_generations_eval: int = Field(1, ge=1, description="Completions per prompt in an evaluation.")
+    num_generations_eval: int = Field(
+        1, ge=1, description="Completions per prompt in an evaluation (TRL's default: as many as num_generations)."
+    )
     generation_batch_size: int | None = Field(
         None,
         ge=2,
@@ -93,7 +95,12 @@ class TrlSection(ObjectiveKeys):
         description="Micro-batches of a generation batch per process, a multiple of gradient_accumulation_steps: so many optimizer steps share the batch. Default: one step. Excludes generation_batch_size.",
     )
     disable_dropout: bool = Field(
-        True, description="Set every dropout to 0, so that the learner's log-probabilities are the policy's."
+        True,
+        description="Set every dropout to 0, so that the learner's log-probabilities are the policy's (TRL's default is false).",
+    )
+    cast_lm_head_to_fp32: bool = Field(
+        False,
+        description="With bf16 multiply in the learner's language-model head in float32; its weights are float32 anyway.",
     )
     # data and logging
     shuffle_dataset: bool = Field(True, description="Draw the prompts of each epoch in a seeded random order.")

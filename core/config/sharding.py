@@ -25,6 +25,10 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 """The list form of `fsdp:`, by what `fsdp_config` calls it"""
 
 
+_CHECKPOINT_KWARGS = {"use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop"}
+"""What a YAML can say to torch.utils.checkpoint"""
+
+
 class FsdpSection(Section):
     """`fsdp_config:` how FSDP2 cuts the model."""
 
@@ -91,7 +95,8 @@ class ShardingKeys(Section):
         description="DeepSpeed's settings, in place of fsdp: a JSON file next to the YAML, or written out. Never run by us (docs/guides/large_models.md).",
     )
     gradient_checkpointing: bool = Field(
-        False, description="Recompute activations in the backward pass. `offload`: true, and activation_offloading."
+        False,
+        description="Recompute activations in the backward pass (TRL's default is true). `offload`: true, and activation_offloading.",
     )
     gradient_checkpointing_kwargs: dict[str, Any] = Field(default={}, description="Its arguments.")
     activation_offloading: bool = Field(
@@ -125,6 +130,17 @@ class ShardingKeys(Section):
             if values.get(name) in ({}, "", False, []):
                 del values[name]
         return values
+
+    @model_validator(mode="after")
+    def activations_are_recomputed_as_torch_does(self) -> ShardingKeys:
+        given = self.gradient_checkpointing_kwargs
+        if given and not self.gradient_checkpointing:
+            raise ValueError("gradient_checkpointing_kwargs has no effect without gradient_checkpointing: true")
+        if unknown := sorted(given.keys() - _CHECKPOINT_KWARGS):
+            raise ValueError(
+                f"gradient_checkpointing_kwargs: torch knows no {unknown[0]!r}; write of {', '.join(sorted(_CHECKPOINT_KWARGS))}"
+            )
+        return self
 
     @model_validator(mode="after")
     def one_way_to_cut_the_model(self) -> ShardingKeys:

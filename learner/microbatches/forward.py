@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from rlx.config import Config
 from rlx.errors import ConfigError
 from rlx.learner.microbatches.batching import Layout, Sample, collate
-from rlx.learner.microbatches.head import prepare_head, restore_head
+from rlx.learner.microbatches.head import head_in_float32, prepare_head, restore_head
 from rlx.learner.microbatches.logprobs import completion_logprobs
 from rlx.learner.microbatches.packing import ATTENTION
 
@@ -38,10 +38,13 @@ class ForwardPlan:
     """Log-probabilities come from the hidden states, chunk by chunk"""
     notes: tuple[str, ...]
     """For the user: what the model does not allow, and what that costs"""
+    float32_head: bool = False
 
     def apply_to(self, model: PreTrainedModel) -> None:
         if self.scoring_head:
             prepare_head(model)
+        if self.float32_head:
+            head_in_float32(model)
         if self.layout.packed:
             model.set_attn_implementation(ATTENTION)
 
@@ -78,8 +81,10 @@ def prepare(model: PreTrainedModel, config: Config) -> ForwardPlan:
                 notes.append(f"sequences are padded, not packed: {problem}")
     if not layout.packed:
         model.set_attn_implementation(flash or own_attention)
+    if config.trl.cast_lm_head_to_fp32:
+        head_in_float32(model)
     model.train(was_training)
-    return ForwardPlan(layout, scoring_head, tuple(notes))
+    return ForwardPlan(layout, scoring_head, tuple(notes), config.trl.cast_lm_head_to_fp32)
 
 
 def _wants_packing(config: Config, flash: str | None) -> bool:

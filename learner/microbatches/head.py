@@ -89,6 +89,18 @@ def _forward(head: nn.Linear, hidden: Tensor) -> Tensor:
     return nn.Linear.forward(head, hidden) if request is None else request.answer(hidden, head)
 
 
+def head_in_float32(model: PreTrainedModel) -> None:
+    """Let the head, prepared or not, multiply in float32 under autocast, too."""
+    head: Any = model.get_output_embeddings()
+    rounded = head.forward
+
+    def forward(hidden: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return rounded(hidden.float())
+
+    vars(head)["forward"] = forward
+
+
 def score(
     hidden_TD: Tensor,
     weight_VD: Tensor,

@@ -257,6 +257,7 @@ ALONE = LORA + "lora_sync: adapter\n"
             "Write a regular expression for whole names in `lora_target_modules`",
         ),
         (LORA + "lora_rank: 4\n", "unknown key 'lora_rank'"),
+        ("adapter: lora\nlora_target_modules: '((q'\n", "'((q' is no regular expression: missing )"),
     ],
 )
 def test_adapter_keys_that_cannot_work_are_refused(tmp_path, keys, message):

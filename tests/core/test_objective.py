@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rlx.config import Config, load_config
+from rlx.config import Config, load_config, make_plan
 from rlx.errors import ConfigError
 
 
@@ -33,6 +33,10 @@ def test_every_loss_of_trl_loads_at_both_levels(tmp_path: Path, loss_type: str, 
         ({"loss_type": "vespo", "vllm_importance_sampling_mode": "sequence_mask"}, "write token_truncate or token_mask"),
         ({"loss_type": "cispo", "delta": 2.0}, "delta has no effect with loss_type: cispo"),
         ({"loss_type": "sapo", "epsilon_high": 0.3}, "epsilon_high has no effect with loss_type: sapo"),
+        ({"loss_type": "vespo", "epsilon": 0.3}, "epsilon has no effect with loss_type: vespo"),
+        ({"cast_lm_head_to_fp32": "yes please"}, "cast_lm_head_to_fp32: 'yes please' cannot be used"),
+        ({"router_aux_loss_coef": 0.001}, "no balancing loss is added for the router of a mixture of experts"),
+        ({"model_init_kwargs": {"revision": "a"}}, "Write `revision_of_model`"),
         ({"sapo_temperature_pos": 2.0}, "remove it, or write loss_type: sapo"),
         ({"vespo_k_neg": 1.0}, "vespo_k_neg has no effect with loss_type: dapo"),
         ({"advantage_estimator": "rloo", "scale_rewards": "group"}, "scale_rewards belongs to advantage_estimator: group"),
@@ -66,6 +70,18 @@ def test_a_mask_needs_no_upper_bound_and_vespo_no_correction(tmp_path: Path) -> 
         tmp_path, loss_type="vespo", vllm_importance_sampling_mode="sequence_mask",
         vllm_importance_sampling_correction=False,
     )  # fmt: skip
+
+
+def test_what_trl_has_by_default_and_rlx_has_not_changes_nothing(tmp_path: Path) -> None:
+    off = {"router_aux_loss_coef": 0.0, "model_init_kwargs": None, "pad_to_multiple_of": "auto", "log_multimodal": True}
+    assert load(tmp_path, **off, cache_implementation=None).trl.loss_type == "dapo"
+
+
+def test_cispo_without_a_bound_of_its_own_deserves_a_second_look(tmp_path: Path) -> None:
+    notes = make_plan(load(tmp_path, loss_type="cispo", reward_funcs=["r"])).notes
+    assert any("bounds every importance ratio at epsilon (0.2), as in TRL" in note for note in notes)
+    bounded = load(tmp_path, loss_type="cispo", epsilon_high=5.0, reward_funcs=["r"])
+    assert not any("cispo" in note for note in make_plan(bounded).notes)
 
 
 def test_gdpo_is_grpo_with_each_reward_normalised(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow
 SEEDS = range(5)
 PAYS = dict(zip("abcdefghij", (0.1, 0.5, 0.2, 1.0, 0.0, 0.3, 0.6, 0.4, 0.1, 0.2), strict=True))
 BEST = "d"
-TARGET, LONGEST = 5, 10
+TARGET, LONGEST = 3, 10
 
 Rewards = tuple[dict[str, list[float]], dict[str, float]]
 
@@ -97,7 +97,7 @@ def share_solved(folder: Path) -> float:
 TASKS = {
     "bandit": Task(words, of_word, {"max_steps": 25, "trl": {"max_completion_length": 1}}, chance_of_the_best_arm, 0.9),
     "length": Task(
-        words, of_length, {"max_steps": 40, "trl": {"max_completion_length": LONGEST}}, closeness_to_the_length, 0.85
+        words, of_length, {"max_steps": 40, "trl": {"max_completion_length": LONGEST}}, closeness_to_the_length, 0.8
     ),
     # the model that is trained solves 44 %
     "arithmetic": Task(
@@ -167,19 +167,13 @@ def shift_the_logprobs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def shift_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last token of each completion is not trained. Longer completions are learned all the same, by their other
-    tokens; so this is of the bandit, which has only one."""
+    """The mask begins one token late. (One that ends a token early keeps none but the bandit from learning.)"""
     right = batching.Sample.trained.func
-    monkeypatch.setattr(batching.Sample, "trained", property(lambda sample: right(sample)[:-1]))
+    monkeypatch.setattr(batching.Sample, "trained", property(lambda sample: right(sample)[1:]))
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("mistake", [flip_the_advantage, shift_the_logprobs])
+@pytest.mark.parametrize("mistake", [flip_the_advantage, shift_the_mask, shift_the_logprobs])
 def test_a_mistake_keeps_it_from_learning(name, mistake, tmp_path, monkeypatch):
     mistake(monkeypatch)
     assert learned(TASKS[name], 0, tmp_path) < TASKS[name].threshold
-
-
-def test_a_mask_off_by_one_keeps_it_from_learning(tmp_path, monkeypatch):
-    shift_the_mask(monkeypatch)
-    assert learned(TASKS["bandit"], 0, tmp_path) < TASKS["bandit"].threshold

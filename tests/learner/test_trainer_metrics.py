@@ -14,7 +14,8 @@ from transformers import TrainingArguments
 
 from rlx.config import Config
 from rlx.episode import Episode
-from rlx.learner.arguments import training_arguments
+from rlx.errors import ConfigError
+from rlx.learner.arguments import check_optimizer, training_arguments
 from rlx.learner.main import train
 from rlx.wire import GroupRequest
 
@@ -198,12 +199,42 @@ def test_checkpoints_are_counted_in_steps(keys: dict, save_strategy: str, save_s
 def test_warm_up_is_a_number_of_steps_or_a_share_of_all() -> None:
     assert arguments_for({"warmup_ratio": 0.1}, 30, 10).warmup_steps == 3
     assert arguments_for({"warmup_steps": 5}, 30, 10).warmup_steps == 5
-    assert arguments_for({"warmup_ratio": 0.0, "warmup_steps": 5}, 30, 10).warmup_steps == 0
     assert arguments_for({}, 30, 10).warmup_steps == 0
+    with pytest.raises(ValueError, match="warmup_steps and warmup_ratio are both given; keep one"):
+        arguments_for({"warmup_ratio": 0.1, "warmup_steps": 5}, 30, 10)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"optimizer": "muon"}, r"optimizer: muon cannot be used: muon is not a valid OptimizerNames, please select"),
+        ({"optimizer": "galore_adamw"}, r"optimizer: galore_adamw cannot be used: You need to install `galore_torch`"),
+        ({"lr_scheduler": "cosin"}, r"lr_scheduler: cosin cannot be used: .*'cosine'"),
+        ({"lr_scheduler": "cosine_with_min_lr"}, r"lr_scheduler: cosine_with_min_lr cannot be used: One of min_lr"),
+        ({"lr_scheduler_kwargs": {"floor": 1}}, r"lr_scheduler: cosine cannot be used: .*argument 'floor'"),
+    ],
+)
+def test_an_optimizer_or_schedule_that_cannot_be_made_is_told_before_anything_is_loaded(
+    keys: dict, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_optimizer(config_with(keys))
+
+
+def test_the_usual_optimizers_and_schedules_can_be_made() -> None:
+    for keys in (
+        {},
+        {"optimizer": "adafactor", "lr_scheduler": "constant_with_warmup"},
+        {"lr_scheduler": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-7}},
+    ):
+        check_optimizer(config_with(keys))
+
+
+def config_with(keys: dict) -> Config:
+    trl = {"reward_funcs": ["r"], "num_generations": 4}
+    data = {"base_model": "m", "rl": "grpo", "datasets": [{"path": "d"}], "micro_batch_size": 2, "trl": trl, **keys}
+    return Config.model_validate(data)
 
 
 def arguments_for(keys: dict, total_steps: int, steps_per_epoch: int) -> TrainingArguments:
-    trl = {"reward_funcs": ["r"], "num_generations": 4}
-    data = {"base_model": "m", "rl": "grpo", "datasets": [{"path": "d"}], "micro_batch_size": 2, "trl": trl, **keys}
-    config = Config.model_validate(data)
-    return training_arguments(config, total_steps, steps_per_epoch, 60)
+    return training_arguments(config_with(keys), total_steps, steps_per_epoch, 60)

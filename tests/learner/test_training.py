@@ -71,8 +71,10 @@ def test_a_step_is_one_step_of_gradient_descent_on_all_its_completions(tmp_path:
 
 
 def test_two_processes_train_to_the_same_parameters_as_one(tmp_path: Path) -> None:
-    """The reference's KL is in the loss: it is 0 before the first step and grows."""
-    path = write_run(tmp_path, max_steps=3, trl={"beta": 0.1})
+    """The reference's KL is in the loss: it is 0 before the first step and grows. The entropy of the first step is above
+    its target, that of the second below, so that the third has a bonus; that of one rank alone would always be below."""
+    adaptive = {"use_adaptive_entropy": True, "entropy_target": 5.355, "entropy_coef_delta": 0.1, "entropy_coef": 0.2}
+    path = write_run(tmp_path, max_steps=3, trl={"beta": 0.1, **adaptive})
     with serve() as served:
         train(config_for(path, served, output_dir=str(tmp_path / "one" / "out")), 1)
         status, out, err = run(path, served, 2)
@@ -82,6 +84,8 @@ def test_two_processes_train_to_the_same_parameters_as_one(tmp_path: Path) -> No
     one, two = (lines(folder / "out" / "metrics.jsonl") for folder in (tmp_path / "one", tmp_path))
     for name in ("loss", "kl", "reward", "grad_norm", "entropy", "completions/mean_length", "learning_rate"):
         assert [r[name] for r in two] == pytest.approx([r[name] for r in one], rel=1e-4, abs=1e-6)
+    assert [r["entropy_coef"] for r in one] == pytest.approx([0.1, 0.2, 0.3])
+    assert [r["entropy_coef"] for r in two] == [r["entropy_coef"] for r in one]
     assert one[0]["kl"] == pytest.approx(0, abs=1e-6)
     assert all(r["kl"] > 1e-3 for r in one[1:])
     assert_equal(final(tmp_path), final(tmp_path / "one"), atol=1e-5)

@@ -258,6 +258,29 @@ def test_autocast_takes_the_products_in_its_type() -> None:
     assert weight.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("kind", [LlamaForCausalLM, CohereForCausalLM])
+def test_a_head_in_float32_rounds_no_logits(kind: Any) -> None:
+    """Under autocast the log-probabilities differ from those of whole logits in float32 only without the key."""
+    torch.manual_seed(0)
+    model, samples = kind(kind.config_class(**SMALL)).eval(), make_samples()
+    gaps = []
+    for trl in ({}, {"cast_lm_head_to_fp32": True}):
+        plan = prepare(model, config_of(trl=trl, sample_packing=False))
+        other = kind(kind.config_class(**SMALL)).eval()
+        other.load_state_dict(model.state_dict())
+        plan.apply_to(other)
+        batch = collate(samples, plan.layout)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            hidden = model.model(batch.input_ids_BS).last_hidden_state[batch.row_T, batch.col_T]
+            found = [completion_logprobs(m, batch, 1.0)[0] for m in (model, other)]
+        logits = hidden.float() @ model.get_output_embeddings().weight.t() * getattr(model, "logit_scale", 1.0)
+        exact = logits.log_softmax(-1).gather(1, batch.target_ids_T[:, None])[:, 0]
+        assert torch.equal(found[0], found[1])
+        gaps.append((found[0] - exact).abs().max().item())
+    assert gaps[0] > 1e-4
+    assert gaps[1] < 1e-5
+
+
 @pytest.mark.parametrize(
     ("model", "scoring_head", "packed", "note"),
     [
