@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, Literal
 
 import numpy as np
+
+from rlx.record import record
 
 CONTEXT = -1
 """The weight version of tokens that no policy sampled: prompts, observations, bridge tokens."""
@@ -18,7 +20,7 @@ SCORABLE: tuple[Status, ...] = ("ok", "truncated")
 """Only these are given to the rewards and trained; the others have no reward, which is not a reward of 0."""
 
 
-@dataclass(frozen=True)
+@record
 class Row:
     """One training row: a prompt of P tokens, and T tokens after it, of which those with a version were sampled.
 
@@ -47,7 +49,7 @@ class Row:
         return sum(n for v, n in self.versions if v != CONTEXT)
 
 
-@dataclass(frozen=True)
+@record
 class StepReward:
     """A reward that the episode itself gave, by `ctx.reward(value, name=, turn=)` or by a step of its environment.
     `turn` counts from 0; None belongs to the whole episode."""
@@ -57,7 +59,7 @@ class StepReward:
     turn: int | None = None
 
 
-@dataclass(frozen=True)
+@record
 class Episode:
     """One episode of a group. A single-turn completion is an episode of one row."""
 

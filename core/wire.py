@@ -20,9 +20,11 @@ import numpy as np
 
 from rlx.episode import Episode, Row, Status, StepReward
 from rlx.errors import ServiceError
+from rlx.record import record
 
 CONTENT_TYPE = "application/x-rlx"
 _MAGIC = b"RLX1"
+_STATUSES = get_args(Status)
 _MALFORMED = (KeyError, TypeError, ValueError, OverflowError)
 _ENCODER = json.JSONEncoder(separators=(",", ":"))
 _DTYPES: dict[str, np.dtype[Any]] = {"i4": np.dtype("<i4"), "f4": np.dtype("<f4"), "u1": np.dtype("u1")}
@@ -79,7 +81,7 @@ def decode_frame(frame: bytes | memoryview) -> tuple[dict[str, Any], dict[str, n
     return header, blocks
 
 
-@dataclass(frozen=True)
+@record
 class Sampling:
     """How to sample a completion. `top_k` 0 and `min_p` 0 mean off; `max_tokens` bounds the completion, in tokens."""
 
@@ -97,7 +99,7 @@ class Sampling:
     """More fields of vLLM's SamplingParams, by its names (`trl.generation_kwargs`)."""
 
 
-@dataclass(frozen=True)
+@record
 class Completion:
     """What an engine sampled in one request: T tokens, end-of-sequence token included when it was sampled.
 
@@ -112,7 +114,7 @@ class Completion:
     text: str
 
 
-@dataclass(frozen=True)
+@record
 class GroupRequest:
     """`num_generations` completions of one prompt, scored together.
 
@@ -168,7 +170,7 @@ class GroupRequest:
 Outcome = Literal["ok", "exception", "timeout", "crash", "invalid"]
 
 
-@dataclass(frozen=True)
+@record
 class RewardOutcome:
     """What one reward function said of one group: `values` float32 [G], NaN where it gave None or failed. `extra` are
     the columns that it logged with `log_extra`, JSON values [G] each.
@@ -189,7 +191,7 @@ class RewardOutcome:
     began_at: float = 0.0
 
 
-@dataclass(frozen=True)
+@record
 class GroupTimes:
     """When the service received a group, had a worker for it, had its episodes and had its rewards: unix seconds of the
     service's clock."""
@@ -200,7 +202,7 @@ class GroupTimes:
     scored: float
 
 
-@dataclass(frozen=True)
+@record
 class GroupResult:
     """A scored group of G episodes. `worker` names who generated it; times are in seconds."""
 
@@ -293,12 +295,14 @@ def row_json(row: Row) -> dict[str, Any]:
 
 
 def _episode_head(episode: Episode) -> dict[str, Any]:
-    rows = [
-        {"n": int(row.ids.size), "versions": row.versions}
-        | ({} if row.prompt_ids is None else {"p": int(row.prompt_ids.size)})
+    head = _without_defaults(episode, hidden=("rows",))
+    head["rows"] = [
+        {"n": row.ids.size, "versions": row.versions}
+        if row.prompt_ids is None
+        else {"n": row.ids.size, "versions": row.versions, "p": row.prompt_ids.size}
         for row in episode.rows
     ]
-    return {**_without_defaults(episode, hidden=("rows",)), "rows": rows}
+    return head
 
 
 def _without_defaults(value: Any, hidden: tuple[str, ...]) -> dict[str, Any]:
@@ -307,7 +311,10 @@ def _without_defaults(value: Any, hidden: tuple[str, ...]) -> dict[str, Any]:
     items = {name: item for name, item in vars(value).items() if name not in hidden and item != default[name]}
     if "step_rewards" in items:
         items["step_rewards"] = [asdict(step) for step in items["step_rewards"]]
-    return {name: dict(item) if isinstance(item, Mapping) else item for name, item in items.items()}
+    for name in ("extra", "metrics"):
+        if name in items:
+            items[name] = dict(items[name])
+    return items
 
 
 @cache
@@ -340,14 +347,15 @@ def _episode(head: dict[str, Any], cursor: _Cursor) -> Episode:
     rows = []
     for meta in head.pop("rows"):
         count = operator.index(meta["n"])
-        versions = tuple((int(v), int(n)) for v, n in meta["versions"])
-        if sum(n for _, n in versions) != count or any(n < 1 for _, n in versions):
+        versions = tuple([(int(v), int(n)) for v, n in meta["versions"]])
+        counts = [n for _, n in versions]
+        if sum(counts) != count or min(counts, default=1) < 1:
             raise WireError(f"versions {versions} do not partition the {count} tokens of a row")
         prompt_ids = cursor.take("prompt_ids", operator.index(meta["p"])) if "p" in meta else None
         rows.append(Row(cursor.take("ids", count), cursor.take("logprobs", count), versions, prompt_ids))
     steps = tuple(StepReward(**step) for step in head.pop("step_rewards", ()))
     turns = tuple((float(start), float(end)) for start, end in head.pop("turn_times", ()))
-    if head.get("status", "ok") not in get_args(Status):
+    if head.get("status", "ok") not in _STATUSES:
         raise WireError(f"an episode has the unknown status {head['status']!r}")
     return Episode(rows=tuple(rows), step_rewards=steps, turn_times=turns, **head)
 
