@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from ray.exceptions import ActorAlreadyExistsError, RayActorError, RayError, Ray
 from rlx.errors import DeadlineExceeded, ModelError, RlxError, ServiceError, ServiceUnavailable
 
 _NAME_TIMEOUT_S = 20.0
+_COLOURS = re.compile(r"\x1b\[\d+m")
 _CAUSES = {
     "connection error code 2": "its process ended without a word (killed, out of memory, or a crash)",
     "killed by the OOM killer": "it was killed because memory ran out",
@@ -78,7 +80,8 @@ def translated(who: str, hint: str = "") -> Iterator[None]:
             raise type(error.cause)(f"{error.cause}{hint}") from None
         if isinstance(error.cause, RlxError):
             raise error.cause from None
-        raise ServiceError(f"{who} failed: {error}") from None
+        trace = _COLOURS.sub("", str(error))
+        raise ServiceError(f"{who} failed: {type(error.cause).__name__}: {error.cause}\n{trace}") from None
     except RayActorError as error:
         raise ServiceUnavailable(f"{who} died: {cause_of(error)}{hint}") from None
     except RayError as error:

@@ -221,10 +221,11 @@ class Fleet:
 
     def fail(self, member: Member, cause: str, event: Event = "failed", kept: bool = False) -> None:
         """For those that move members: it died or did not answer (failed) or did not take weights (refused).
-        The first cause stays until it is ready again."""
+        The first cause stays until it is ready again; of one with a traceback, the line that says what it was."""
         self.move(member, event)
         member.kept = kept
-        member.cause, member.last_cause = member.cause or cause, cause
+        line = cause.partition("\n")[0]
+        member.cause, member.last_cause = member.cause or line, line
         kind: EventKind = "worker_quarantined" if member.state == "quarantined" else "worker_down"
         self.tell(kind, member.name, f"{member.state}: {cause}")
 

@@ -83,6 +83,15 @@ def test_of_a_worker_that_does_not_work_nothing_new_is_learned_and_its_first_cau
     assert (member.state, member.cause, member.last_cause) == ("down", "out of memory", "no such folder")
 
 
+def test_of_a_cause_with_a_traceback_the_line_that_says_what_it_was_stays_and_the_event_has_all():
+    fleet = fleet_of("w")
+    said = []
+    fleet.on_event = said.append
+    fleet.mark_down(fleet.members[0], "w failed: KeyError: 'a'\n  line 7")
+    assert fleet.members[0].explanation == "w failed: KeyError: 'a'"
+    assert said == [f"{fleet.members[0].name}: down: w failed: KeyError: 'a'\n  line 7"]
+
+
 def test_a_worker_is_charged_while_it_works_also_when_that_fails():
     fleet = fleet_of("a")
     [member] = fleet.members
