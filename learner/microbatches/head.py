@@ -5,8 +5,8 @@ at a time, in the forward and again in the backward. Where all of them fit one c
 saves computing them twice. A head that is not trained, as beside an adapter, needs neither: what a log-probability's
 gradient is in the hidden states, [T, D], is found in the forward.
 
-Shapes: T tokens, D hidden size, V vocabulary, C tokens of one chunk; B sequences and K columns that the model hands to
-its head.
+Shapes: T tokens, D hidden size, V vocabulary, C tokens of one chunk, R tokens of one block of it; B sequences and K
+columns that the model hands to its head.
 Not here: which tokens are scored (`logprobs.py`).
 """
 
@@ -26,8 +26,10 @@ from transformers import PreTrainedModel
 
 _KEPT_LOGITS = 2**25
 """Up to so many logits in float32, 128 MiB, are computed once and kept for the backward."""
-_CHUNK_LOGITS = 2**24
+_CHUNK_LOGITS = 2**25
 """More are computed in chunks of so many, and again in the backward."""
+_CACHED_LOGITS = 2**20
+"""Between two matrix products, so many are taken through all that is done to each: on a CPU its cache holds them."""
 
 
 @dataclass
@@ -149,23 +151,27 @@ class _Score(torch.autograd.Function):
         kept = hidden_TD.new_empty(0)
         slopes_TD = torch.empty_like(hidden_TD if ctx.frozen else kept)
         for start in range(0, num_tokens, size):
-            part = slice(start, start + size)
-            logits_CV = _logits(hidden_TD[part], weight_VD, bias_V, temperature)
-            targets_C = logits_CV.gather(1, ids_T[part, None])[:, 0]
-            greatest_C1 = logits_CV.amax(dim=1, keepdim=True)
-            exp_CV = logits_CV.sub_(greatest_C1).exp()
-            sums_C1 = exp_CV.sum(dim=1, keepdim=True)
-            if compute_entropy:
-                expected_C1 = logits_CV.mul_(exp_CV).sum(dim=1, keepdim=True) / sums_C1
-                entropies_T[part] = (sums_C1.log() - expected_C1)[:, 0]
-            normalizers_T[part] = (greatest_C1 + sums_C1.log())[:, 0]
-            logprobs_T[part] = targets_C - normalizers_T[part]
+            chunk = slice(start, start + size)
+            logits_CV = _logits(hidden_TD[chunk], weight_VD, bias_V)
+            for part, logits_RV in _blocks(start, logits_CV):
+                targets_R = logits_RV.div_(temperature).gather(1, ids_T[part, None])[:, 0]
+                greatest_R1 = logits_RV.amax(dim=1, keepdim=True)
+                exp_RV = logits_RV.sub_(greatest_R1).exp()
+                sums_R1 = exp_RV.sum(dim=1, keepdim=True)
+                normalizers_T[part] = (greatest_R1 + sums_R1.log())[:, 0]
+                logprobs_T[part] = targets_R - normalizers_T[part]
+                if compute_entropy:
+                    expected_R1 = logits_RV.mul_(exp_RV).sum(dim=1, keepdim=True) / sums_R1
+                    entropies_T[part] = (sums_R1.log() - expected_R1)[:, 0]
+                if keep:
+                    torch.div(exp_RV, sums_R1, out=logits_RV)
+                elif ctx.frozen:
+                    torch.div(exp_RV, -sums_R1, out=logits_RV)
+                    logits_RV.scatter_add_(1, ids_T[part, None], torch.ones_like(sums_R1))
             if keep:
-                kept = exp_CV.div_(sums_C1)
+                kept = logits_CV
             elif ctx.frozen:
-                change_CV = exp_CV.div_(-sums_C1)
-                change_CV.scatter_add_(1, ids_T[part, None], torch.ones_like(sums_C1))
-                torch.mm(change_CV.to(weight_VD.dtype), weight_VD, out=slopes_TD[part])
+                torch.mm(logits_CV.to(weight_VD.dtype), weight_VD, out=slopes_TD[chunk])
         if ctx.frozen:
             ctx.save_for_backward(slopes_TD.div_(temperature))
         elif needs_gradient:
@@ -185,26 +191,23 @@ class _Score(torch.autograd.Function):
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_weight else None
         grad_bias_V = torch.zeros(len(weight_VD), device=weight_VD.device) if wants_bias else None
         for start in range(0, len(hidden_TD), ctx.size):
-            part = slice(start, start + ctx.size)
-            if ctx.keep:
-                probs_CV = kept
-            else:
-                logits_CV = _logits(hidden_TD[part], weight_VD, bias_V, ctx.temperature)
-                probs_CV = logits_CV.sub_(normalizers_T[part, None]).exp_()
-            scale_C1 = grad_logprobs_T[part, None]
-            if ctx.entropy_gradient:
-                # dH/dlogit = -p · (log p + H)
-                scale_C1 = scale_C1 + grad_entropies_T[part, None] * (probs_CV.log() + entropies_T[part, None])
-                scale_C1 = scale_C1.where(probs_CV > 0, 0.0)
-            grad_CV = (
-                probs_CV * (scale_C1 / -ctx.temperature) if ctx.keep else probs_CV.mul_(scale_C1.div(-ctx.temperature))
-            )
-            grad_CV.scatter_add_(1, ids_T[part, None], grad_logprobs_T[part, None] / ctx.temperature)
+            chunk = slice(start, start + ctx.size)
+            grad_CV = kept if ctx.keep else _logits(hidden_TD[chunk], weight_VD, bias_V)
+            for part, probs_RV in _blocks(start, grad_CV):
+                if not ctx.keep:
+                    probs_RV.div_(ctx.temperature).sub_(normalizers_T[part, None]).exp_()
+                scale_R1 = grad_logprobs_T[part, None]
+                if ctx.entropy_gradient:
+                    # dH/dlogit = -p · (log p + H)
+                    scale_R1 = scale_R1 + grad_entropies_T[part, None] * (probs_RV.log() + entropies_T[part, None])
+                    scale_R1 = scale_R1.where(probs_RV > 0, 0.0)
+                probs_RV.mul_(scale_R1 / -ctx.temperature)
+                probs_RV.scatter_add_(1, ids_T[part, None], grad_logprobs_T[part, None] / ctx.temperature)
             grad_CV = grad_CV.to(weight_VD.dtype)
             if grad_hidden_TD is not None:
-                torch.mm(grad_CV, weight_VD, out=grad_hidden_TD[part])
+                torch.mm(grad_CV, weight_VD, out=grad_hidden_TD[chunk])
             if grad_weight_VD is not None:
-                _add_product(grad_weight_VD, grad_CV.t(), hidden_TD[part])
+                _add_product(grad_weight_VD, grad_CV.t(), hidden_TD[chunk])
             if grad_bias_V is not None:
                 grad_bias_V += grad_CV.sum(dim=0, dtype=torch.float32)
         grad_weight = None if grad_weight_VD is None else grad_weight_VD.to(weight_VD.dtype)
@@ -212,9 +215,17 @@ class _Score(torch.autograd.Function):
         return grad_hidden_TD, grad_weight, grad_bias, None, None, None, None
 
 
-def _logits(hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, temperature: float) -> Tensor:
-    logits_CV = functional.linear(hidden_CD, weight_VD, bias_V).float()
-    return logits_CV if temperature == 1.0 else logits_CV.div_(temperature)
+def _logits(hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
+    return functional.linear(hidden_CD, weight_VD, bias_V).float()
+
+
+def _blocks(start: int, logits_CV: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of a chunk that begins at token `start`, as places among all tokens and as a view."""
+    on_cpu = logits_CV.device.type == "cpu"
+    size = max(1, _CACHED_LOGITS // logits_CV.shape[1]) if on_cpu else len(logits_CV)
+    for first in range(0, len(logits_CV), size):
+        block_RV = logits_CV[first : first + size]
+        yield slice(start + first, start + first + len(block_RV)), block_RV
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
