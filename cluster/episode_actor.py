@@ -28,7 +28,7 @@ from rlx.config import Config
 from rlx.envs.threads import Executor
 from rlx.episode import Episode
 from rlx.errors import ServiceError
-from rlx.processes import write_output_to
+from rlx.processes import shorten, write_output_to
 from rlx.wire import Completion, GroupRequest, Sampling
 
 _BEAT_S = 0.25
@@ -65,7 +65,8 @@ class EpisodeActor:
 
     def __init__(self, label: str, log: str):
         self._label = label
-        write_output_to(Path(log))
+        self._log = Path(log)
+        write_output_to(self._log)
         self._loop = asyncio.new_event_loop()
         self._loop.set_default_executor(Executor(_THREADS, thread_name_prefix="to_thread"))
         self._thread = threading.Thread(target=self._turn, name="episodes", daemon=True)
@@ -137,8 +138,9 @@ class EpisodeActor:
 
     async def _keep_alive(self) -> None:
         """While this runs the process lives. Otherwise a thread that needs no lock writes to the log where each thread
-        is, and ends the process."""
+        is, and ends the process. Of what is printed the end is kept."""
         while True:
+            shorten(self._log)
             faulthandler.dump_traceback_later(_STALLS_TO_THE_END * self._stall_s, exit=True, file=2)
             await asyncio.sleep(_BEAT_S)
 

@@ -104,10 +104,11 @@ class _Lost(ServiceUnavailable):
 
 
 class _Generation:
-    """One life of a process. `in_flight` counts groups."""
+    """One life of a process. `in_flight` counts groups; `stalled` is why it was ended, where a function blocked it."""
 
     def __init__(self, actor: KillableActor, loaded: Loaded):
         self.actor, self.loaded, self.in_flight = actor, loaded, 0
+        self.stalled: Stalled | None = None
 
 
 class _Process:
@@ -145,14 +146,15 @@ class _Process:
         try:
             ref = life.actor.handle.run.remote(worker.handle, worker.name, request)
             episodes: list[Episode] = await call(ref, self._name, hint=f". Its log: {self._log}")
-        except Stalled:
+        except Stalled as error:
+            life.stalled = error  # the other groups hear of it as the death of the process
             self._end(life)
             raise
         except ServiceUnavailable as error:
             if not str(error).startswith(self._name):
                 raise  # of a worker
             self._end(life)
-            raise _Lost(str(error)) from None
+            raise life.stalled or _Lost(str(error)) from None
         finally:
             life.in_flight -= 1
             if life in self._retired and not life.in_flight:

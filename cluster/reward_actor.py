@@ -17,10 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rlx.cluster import watchdog
-from rlx.processes import write_output_to
+from rlx.processes import shorten, write_output_to
 from rlx.rewards.scoring import Answer, RewardWorker, ScoreRequest
 
-LOG_BYTES = 10 * 2**20
 _LOOK_INTERVAL_S = 1.0
 
 
@@ -103,19 +102,6 @@ class AsyncRewardActor(RewardActor):
         assert self._worker is not None, "`load` comes first"
         with self._confined.call():
             return await self._worker.score_beside(request, timeout_s)
-
-
-def shorten(log: Path, bound: int = LOG_BYTES) -> None:
-    """Keep the last half of `bound` bytes of a file that has more. Who appends to it goes on behind them."""
-    if not log.exists() or (size := log.stat().st_size) <= bound:
-        return
-    file = os.open(log, os.O_RDWR | os.O_APPEND)
-    try:
-        rest = os.pread(file, bound // 2, size - bound // 2)
-        os.ftruncate(file, 0)
-        os.write(file, b"[earlier output was removed]\n" + rest)
-    finally:
-        os.close(file)
 
 
 def _data_bytes() -> int:

@@ -24,10 +24,11 @@ from typing import Any
 
 from rlx.cluster.calls import call
 from rlx.cluster.killable import KillableActor
-from rlx.cluster.reward_actor import AsyncRewardActor, RewardActor, shorten
+from rlx.cluster.reward_actor import AsyncRewardActor, RewardActor
 from rlx.config import Config
 from rlx.config.sections import RewardLimits
 from rlx.errors import DeadlineExceeded, RlxError, ServiceError, ServiceUnavailable, UserCodeError
+from rlx.processes import shorten
 from rlx.rewards.budget import FailureBudget
 from rlx.rewards.scoring import Answer, ScoreRequest, no_values
 from rlx.rewards.sources import kind_of

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from rlx.errors import ServiceError
 
+LOG_BYTES = 10 * 2**20
+"""About so much is kept of what a process of the user's code prints."""
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True)  # loaded here: a `preexec_fn` must not import anything
 
@@ -35,6 +37,19 @@ def write_output_to(log: Path) -> None:
     os.dup2(target, 1)
     os.dup2(target, 2)
     os.close(target)
+
+
+def shorten(log: Path, bound: int = LOG_BYTES) -> None:
+    """Keep the last half of `bound` bytes of a file that has more. Who appends to it goes on behind them."""
+    if not log.exists() or (size := log.stat().st_size) <= bound:
+        return
+    file = os.open(log, os.O_RDWR | os.O_APPEND)
+    try:
+        rest = os.pread(file, bound // 2, size - bound // 2)
+        os.ftruncate(file, 0)
+        os.write(file, b"[earlier output was removed]\n" + rest)
+    finally:
+        os.close(file)
 
 
 def free_port(host: str, first: int, tries: int = 100) -> int:

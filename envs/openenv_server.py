@@ -27,7 +27,7 @@ from rlx.envs.errors import EnvLost
 from rlx.envs.openenv import try_session
 from rlx.envs.openenv_wire import Address, Full, Raised, Unreachable
 from rlx.errors import ServiceUnavailable
-from rlx.processes import descendants, die_with_parent, end_processes, free_port
+from rlx.processes import descendants, die_with_parent, end_processes, free_port, shorten
 
 PROBE_INTERVAL_S = 5.0
 RESTARTS = 5
@@ -179,10 +179,11 @@ class SupervisedServer:
         raise self._not_ready(f"it was not ready within start_timeout, {seconds:g} s ({last})")
 
     def _not_ready(self, what: str) -> ServiceUnavailable:
+        return ServiceUnavailable(f"{self._key} ({self._name}): {what}. {self._end_of_log()}")
+
+    def _end_of_log(self) -> str:
         end = "\n".join(f"    {line}" for line in _last_lines(self._path))
-        return ServiceUnavailable(
-            f"{self._key} ({self._name}): {what}. The end of {self._path}:\n{end or '    (nothing)'}"
-        )
+        return f"The end of {self._path}:\n{end or '    (nothing)'}"
 
     async def _end(self, grace_s: float) -> None:
         process, self._process = self._process, None
@@ -211,7 +212,8 @@ class SupervisedServer:
                 in_a_row += 1
                 await self._end(0)
                 if in_a_row > RESTARTS:
-                    self.failure = f"{self._key} ({self._name}): given up after {RESTARTS} restarts. At first {first}"
+                    given_up = f"{self._key} ({self._name}): given up after {RESTARTS} restarts. At first {first}"
+                    self.failure = f"{given_up}. {self._end_of_log()}"
                     _log.error("%s", self.failure)
                     return
                 _log.warning("%s (%s): restarted: %s", self._key, self._name, fault)
@@ -230,6 +232,7 @@ class SupervisedServer:
         while True:
             with contextlib.suppress(TimeoutError):
                 return f"it ended with {_status(await asyncio.wait_for(process.wait(), wait))}"
+            shorten(self._path)
             began, fault = time.monotonic(), ""
             try:
                 await try_session(self._address, {**self._settings.reset, "seed": 0}, self._settings.reset_timeout)

@@ -15,10 +15,9 @@ import pytest_asyncio
 from fakes import write_config
 
 from rlx.cluster.ray_scorer import RayScorer
-from rlx.cluster.reward_actor import LOG_BYTES
 from rlx.episode import Episode, Row
 from rlx.errors import UserCodeError
-from rlx.processes import descendants, start_of
+from rlx.processes import LOG_BYTES, descendants, start_of
 from rlx.wire import GroupRequest, RewardOutcome, Sampling
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("runtime"), pytest.mark.asyncio(loop_scope="module")]

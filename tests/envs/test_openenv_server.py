@@ -23,7 +23,7 @@ from rlx.envs.errors import EnvLost
 from rlx.envs.openenv import OpenEnvs, Session
 from rlx.envs.openenv_server import EnvServers
 from rlx.errors import ServiceUnavailable
-from rlx.processes import alive, descendants, is_free
+from rlx.processes import LOG_BYTES, alive, descendants, is_free
 
 pytestmark = pytest.mark.slow
 
@@ -152,6 +152,15 @@ async def test_a_server_that_dies_is_restarted_on_its_port(tmp_path: Path) -> No
         assert (server_of(servers).restarts, servers.urls["env0"], servers.failures) == (1, url, {})
 
 
+async def test_the_log_of_a_server_stays_short(tmp_path: Path) -> None:
+    async with running(config_of(tmp_path, fake_command())) as (servers, _):
+        log = server_of(servers)._path
+        with log.open("ab") as file:
+            file.truncate(LOG_BYTES + 1)
+        await until(lambda: log.stat().st_size <= LOG_BYTES)
+        assert b"earlier output was removed" in log.read_bytes()[:100]
+
+
 async def test_a_server_that_hangs_is_restarted(tmp_path: Path) -> None:
     config = config_of(tmp_path, fake_command(), reset_timeout=1.0, step_timeout=0.3)
     async with running(config) as (servers, environments):
@@ -198,11 +207,14 @@ async def test_a_server_that_dies_again_and_again_is_given_up_with_the_first_cau
 ) -> None:
     monkeypatch.setattr(openenv_server, "RESTARTS", 2)
     once = tmp_path / "once"
-    command = f"[ -e {once} ] && exit 7; touch {once}; exec {shlex.join(fake_command())}"
+    command = f"[ -e {once} ] && echo no more && exit 7; touch {once}; exec {shlex.join(fake_command())}"
     async with running(config_of(tmp_path, ["sh", "-c", command])) as (servers, _):
         os.kill(server_of(servers)._process.pid, signal.SIGKILL)
         await until(lambda: bool(servers.failures))
-        assert "given up after 2 restarts. At first it ended with signal SIGKILL" in servers.failures["env0"]
+        assert (
+            "given up after 2 restarts. At first it ended with signal SIGKILL. The end of" in servers.failures["env0"]
+        )
+        assert servers.failures["env0"].endswith("    no more")
         assert server_of(servers).restarts == 2
 
 

@@ -253,6 +253,33 @@ async def test_an_episode_ends_before_its_group_does():
     assert (episode.status, episode.attempts) == ("timeout", 2)
 
 
+async def test_an_episode_lost_with_the_time_of_its_group_is_not_begun_again():
+    async def function(ctx: Rollout) -> None:
+        ctx.fail(EnvLost("gone"))
+        await _forever()
+
+    episode = await _one(function, request=group(deadline_s=0.3), retries=2, timeout=60)
+    assert (episode.status, episode.attempts) == ("env_lost", 1)
+
+
+async def test_a_request_that_outlives_its_episode_is_not_recorded():
+    outlives: list[asyncio.Task[Any]] = []
+    policy = _policy()
+
+    async def function(ctx: Rollout) -> float:
+        await ctx.turn()
+        policy.gate.clear()
+        outlives.append(asyncio.create_task(ctx.fork().turn()))
+        await policy.asked(2)
+        return 1.0
+
+    episode = await _one(function, policy)
+    policy.gate.set()
+    with pytest.raises(asyncio.CancelledError, match="the episode is over"):
+        await outlives[0]
+    assert len(episode.rows) == 1
+
+
 async def test_one_that_times_out_does_not_hold_up_the_others():
     async def function(ctx: Rollout) -> float:
         await ctx.turn()
