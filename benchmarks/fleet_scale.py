@@ -213,6 +213,11 @@ def main() -> None:
     if given.only in (None, "load"):
         print("  workers    groups/s   of ideal   of a core   loop lag p99, ms")
         tables["load"] = {size: _load_line(size, 10.0 if given.quick else 20.0) for size in sizes}
+    print(
+        "Limit: linear, for as long as one core suffices. Routing and service: 1 s ÷ µs/group are the groups that one process "
+        "ends at; then the event loop is late, and service.direct takes over. Publish: the swap, and then one process's time "
+        "for two calls to each worker."
+    )
     write_json(given.json, tables)
 
 

@@ -226,6 +226,12 @@ def main() -> None:
             rows = [
                 table(servers, concurrent, repeats, seconds, client) for concurrent in CONCURRENT[:: 2 if given.quick else 1]
             ]  # fmt: skip
+    busiest = {name: statistics.median(run["cpu_us"] for run in rows[-1][name]) for name in servers}
+    told = ", ".join(f"{name} {1e6 / cpu_us:,.0f}" for name, cpu_us in busiest.items())
+    print(
+        f"Limit: raw uvicorn. Until a core is full the answers' {1000 * SERVICE_S:.0f} ms bound the requests per second, then "
+        f"one Python process on one core does, at (1 s ÷ CPU per request): {told}. Past it: service.direct."
+    )
     write_json(given.json, {"rows": rows, "loop": given.loop})
 
 

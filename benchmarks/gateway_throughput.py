@@ -15,6 +15,7 @@ import asyncio
 import concurrent.futures
 import itertools
 import json
+import os
 import socket
 import statistics
 import sys
@@ -228,6 +229,10 @@ def main() -> None:
             f"completions of {TOKENS} tokens with log-probabilities, {repeats} rounds, median (min to max); {machine()}"
         )
         rows = [table(named, c, repeats) for c in ((8, 64, 256) if given.quick else CONCURRENT)]
+    print(
+        f"Limit: 1.0 of offline. Client, gateway, Ray and rewards take their time from the engine's {os.cpu_count()} cores (two calls "
+        "of Ray per group are most of it), and all completions are equally long, so that the engine idles while they travel."
+    )
     write_json(given.json, {"rows": rows})
 
 
