@@ -108,6 +108,17 @@ def test_a_worker_is_charged_while_it_works_also_when_that_fails():
     assert (member.in_flight, member.tokens_in_flight) == (0, 0)
 
 
+def test_a_charge_ends_once_however_often_it_is_closed():
+    fleet = fleet_of("a")
+    [member] = fleet.members
+    ended = []
+    with (charge := fleet.charging(member, 4, 400, ended.append)):
+        charge.close()
+        assert (member.in_flight, ended) == (0, [member])
+    charge.close()
+    assert (member.in_flight, member.tokens_in_flight, ended) == (0, 0, [member])
+
+
 def test_during_an_update_those_with_the_weights_before_serve_until_it_is_settled():
     fleet = fleet_of("a", "b", "c")
     a, b, c = fleet.members
