@@ -4,7 +4,8 @@ Real: feed, ledger, publishing, HTTP, gateway, router, supervisor, and the learn
 Fake: engines that replay a trace of lengths in the time that decoding would take (`trace_engine.py`), rewards, and
 training, which sleeps `t`. Two processes, as in a run. Per step, g is the generation of the consumed tokens with every
 batch full; S, what a synchronous step needs: generation with its tail, then t; A = max(g, t), what no run goes below.
-"of the limit" is A ÷ measured step. TRL's AsyncGRPOTrainer (CPU port, `trl_async_port/`) has the same engines behind
+"of the limit" is A ÷ measured step. "at its staleness" is beside the same for the limit that max_staleness leaves
+(`trace_engine.bounded_floor_s`, which says why it is one): at 0 about g + t, at 2 hardly above A. TRL's AsyncGRPOTrainer (CPU port, `trl_async_port/`) has the same engines behind
 the same trace, the same t and as many samples a step; its limit is of the tokens that it consumed.
 
 C7: t/g 0.3, 1, 3 and max_staleness 0, 1, 2, 4. C8: one worker ten times slower; one completion in a hundred 20 times
@@ -27,7 +28,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ import numpy as np
 import torch
 from local_parts import BENCHMARKS, ConstantScorer, arguments, child, machine, spread, write_json
 from service import print_versions
-from trace_engine import FIRST_TICKET, Decode, Trace, TraceEngine, floor_s, makespan_s
+from trace_engine import FIRST_TICKET, Decode, Trace, TraceEngine, bounded_floor_s, floor_s, makespan_s
 
 from rlx.config import Config, make_plan
 from rlx.envs.single_turn import SingleTurn
@@ -115,6 +116,8 @@ class Run:
     staleness: list[float]
     consumed: Counter[int]
     first: int
+    longest: list[int] = field(default_factory=list)
+    """Tokens of the longest completion of each step; not known of TRL's"""
     discarded: float = 0.0
     lost: int = 0
     """Groups: prompts of which not every sample was trained, though later ones were"""
@@ -125,6 +128,14 @@ class Run:
         self.ends, self.tokens, self.samples, self.staleness = (
             values[:steps] for values in (self.ends, self.tokens, self.samples, self.staleness)
         )
+
+    def limit_s(self, case: Case, max_staleness: int) -> float:
+        """Of a measured step, at this `max_staleness`: A where that is more than what the batches' order demands."""
+        speeds = case.speeds[1:] if case.is_one_short else case.speeds
+        tokens, longest = self.tokens[self.first - 1 :], self.longest[self.first - 1 : len(self.tokens)]
+        bound = bounded_floor_s(tokens, longest, max_staleness, case.train_s, case.decode, case.slots, speeds)
+        plain = limit_s(case, self.tokens_per_step(), sum(speeds))
+        return max(bound / (len(tokens) - 1), plain)
 
     def step_s(self) -> float:
         return (self.ends[-1] - self.ends[self.first - 1]) / (len(self.ends) - self.first)
@@ -207,6 +218,7 @@ def learn(case: Case, max_staleness: int) -> Run:
         child(Path(__file__), case.settings()) as url,
         RolloutClient(url, TOKEN) as client,
     ):
+        httpx.get(f"{url}/health", timeout=300)  # a loaded machine imports for longer than a call may take
         client.wait_until_ready(60)
         feed = Feed(
             client, Publisher(client, torch.float32), None, Ledger(rules), "benchmark", Waits(60, 60),
@@ -222,6 +234,7 @@ def learn(case: Case, max_staleness: int) -> Run:
             assert found == lengths[list(batch.tickets)].tolist()
             run.consumed.update(batch.tickets)
             run.tokens.append(sum(map(sum, found)))
+            run.longest.append(max(map(max, found)))
             run.samples.append(sum(map(len, found)))
             run.staleness.append(batch.times.staleness_mean)
             run.discarded += batch.times.discarded_tokens
@@ -276,7 +289,7 @@ def trl(case: Case, max_staleness: int, **more: int) -> Run:
     consumed = Counter({int(group): count for group, count in told["trained"].items()})
     run = Run(
         told["ends"], told["tokens"], told["samples"], told["staleness"], consumed, case.kill_at or case.warm_up,
-        told["dropped"],
+        discarded=told["dropped"],
     )  # fmt: skip
     settled = sum(consumed.values()) // GENERATIONS - (max_staleness + 1) * GROUPS
     run.lost = sum(consumed[n] < GENERATIONS for n in range(max(settled, 0)))
@@ -313,13 +326,13 @@ def synchronous_s(case: Case, steps: int = 20) -> float:
     return statistics.mean(tails) + case.train_s + SWAP_S
 
 
-def measure(case: Case, ways: dict[str, Callable[[Case], Run]], repeats: int) -> dict[str, Any]:
+def measure(case: Case, ways: dict[str, Way], repeats: int) -> dict[str, Any]:
     """Every way, interleaved; prints a line each."""
     found: dict[str, list[Run]] = {name: [] for name in ways}
     for repeat in range(repeats):
         this = replace(case, seed=repeat)
         for name in list(ways)[:: 1 if repeat % 2 == 0 else -1]:
-            found[name].append(ways[name](this))
+            found[name].append(ways[name].run(this))
     rows = {}
     alive = sum(case.speeds[1:])
     for name, runs in found.items():
@@ -330,28 +343,41 @@ def measure(case: Case, ways: dict[str, Callable[[Case], Run]], repeats: int) ->
         speed = [run.samples_per_step() / run.step_s() for run in runs]
         lost, doubled = sum(run.lost for run in runs), sum(run.doubled for run in runs)
         stale = statistics.mean(statistics.mean(run.staleness[case.warm_up :] or [math.nan]) for run in runs)
+        at_staleness = [
+            run.limit_s(replace(case, seed=i), ways[name].max_staleness) / run.step_s()
+            for i, run in enumerate(runs)
+            if run.longest
+        ]
         rows[name] = {
-            "samples_s": speed, "of_limit": of_limit, "step_s": [run.step_s() for run in runs], "staleness": stale,
+            "samples_s": speed, "of_limit": of_limit, "of_limit_at_its_staleness": at_staleness, "step_s": [run.step_s() for run in runs], "staleness": stale,
             "lost": lost, "doubled": doubled, "discarded": [run.discarded for run in runs],
         }  # fmt: skip
         print(
-            f"    {name:28} {spread(speed, 1):24} samples/s   of the limit {spread(of_limit):22}  staleness {stale:4.2f}"
-            f"  groups lost {lost}, doubled {doubled}", flush=True,
+            f"    {name:28} {spread(speed, 1):24} samples/s   of the limit {spread(of_limit):20}  at its staleness "
+            f"{spread(at_staleness) if at_staleness else '':20}  staleness {stale:4.2f}  groups lost {lost}, doubled {doubled}", flush=True,
         )  # fmt: skip
     return {"case": case.name, "rows": rows}
 
 
-def ours(max_staleness: int) -> Callable[[Case], Run]:
-    return lambda case: learn(case, max_staleness)
+@dataclass(frozen=True)
+class Way:
+    run: Callable[[Case], Run]
+    max_staleness: int
 
 
-def theirs(max_staleness: int, **more: int) -> Callable[[Case], Run]:
-    return lambda case: trl(case, max_staleness, **more)
+def ours(*max_staleness: int) -> dict[str, Way]:
+    return {f"rlx, max_staleness {k}": Way(partial(learn, max_staleness=k), k) for k in max_staleness}
+
+
+def theirs(*max_staleness: int) -> dict[str, Way]:
+    return {f"TRL async, staleness {k} ¹": Way(partial(trl, max_staleness=k), k) for k in max_staleness}
 
 
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--only", choices=("c7", "c8"))
+    parser.add_argument("--case", help="only those whose name begins so: t/g 1, one worker 10, 1 %%, one worker dies")
+    parser.add_argument("--staleness", type=int, nargs="+", metavar="K", help="only these")
     parser.add_argument("--no-trl", action="store_true", help="without TRL's trainer, which takes 20 s to start")
     parser.add_argument("--repeats", type=int)
     parser.add_argument("--generation-s", type=float, default=1.0, help="g of a step, before its tail")
@@ -364,13 +390,14 @@ def main() -> None:
         f"{machine()}", flush=True,
     )  # fmt: skip
     g, tables = given.generation_s, []
-    against = {} if given.no_trl else {"TRL async, staleness 2 ¹": theirs(2), "TRL async, staleness 4 ¹": theirs(4)}
-    if given.quick:
-        against.pop("TRL async, staleness 4 ¹", None)
+    asked = given.staleness
+    against = {} if given.no_trl else theirs(*(k for k in asked or ((2,) if given.quick else (2, 4)) if k > 1))
     if given.only != "c8":
-        for ratio in (1.0,) if given.quick else (0.3, 1.0, 3.0):
+        for ratio in (1.0,) if given.quick and not given.case else (0.3, 1.0, 3.0):
             case = Case(f"t/g {ratio:g}", g, ratio * g, steps if ratio <= 1 else max(steps // 2, 10))
-            ways = {f"rlx, max_staleness {k}": ours(k) for k in ((0, 2) if given.quick else (0, 1, 2, 4))}
+            if not case.name.startswith(given.case or ""):
+                continue
+            ways = ours(*(asked or ((0, 2) if given.quick else (0, 1, 2, 4))))
             tables.append(told(case, ways | against, repeats))
     if given.only != "c7":
         base = Case("", g, 0.3 * g, steps + 4)
@@ -380,7 +407,9 @@ def main() -> None:
             replace(base, name="one worker dies, and stays away", kill_at=8),
         ]
         for case in cases:
-            ways = {f"rlx, max_staleness {k}": ours(k) for k in ((2,) if given.quick else (0, 2, 4))}
+            if not case.name.startswith(given.case or ""):
+                continue
+            ways = ours(*(asked or ((2,) if given.quick else (0, 2, 4))))
             # vLLM's server ends with any of its engines, and so would TRL's run.
             tables.append(told(case, ways if case.kill_at else ways | against, repeats))
     if against:
@@ -388,7 +417,7 @@ def main() -> None:
     write_json(given.json, {"cases": tables})
 
 
-def told(case: Case, ways: dict[str, Callable[[Case], Run]], repeats: int) -> dict[str, Any]:
+def told(case: Case, ways: dict[str, Way], repeats: int) -> dict[str, Any]:
     tokens = float(case.trace.lengths()[: GROUPS * case.steps].sum()) / case.steps
     floor, whole = limit_s(case, tokens, sum(case.speeds[1:]) if case.is_one_short else None), synchronous_s(case)
     longest = case.trace.lengths()[: GROUPS * case.steps].max() * case.decode.step_s(case.slots)

@@ -3,7 +3,8 @@
 A decode step of `batch` sequences takes `Decode.step_s(batch)`; every sequence of the batch gets a token in it, and
 at most `slots` are in the batch, as with vLLM's `max_num_seqs`. Between two changes of the batch nothing happens but
 one sleep, so that thousands of tokens a second cost no processor time. Not a model: ids and log-probabilities are
-constants. `Trace` says how long each completion of each prompt is, and what is possible at all: `sync_s`, `floor_s`.
+constants. `Trace` says how long each completion of each prompt is; `floor_s`, `bounded_floor_s` and `makespan_s` say what
+is possible at all.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import heapq
 import itertools
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,30 @@ class Trace:
 def floor_s(tokens: int, decode: Decode, slots: int, speeds: Iterable[float]) -> float:
     """Seconds in which engines with full batches generate `tokens`; `speeds` are 1 for an engine as it should be."""
     return tokens * decode.step_s(slots) / (slots * sum(speeds))
+
+
+def bounded_floor_s(tokens: Sequence[int], longest: Sequence[int], max_staleness: int, train_s: float, decode: Decode,
+                    slots: int, speeds: Sequence[float]) -> float:  # fmt: skip
+    """Seconds from the end of step 0 to that of the last, which no schedule with these batches goes below: step s
+    consumes `tokens[s]`, and `longest[s]` in one completion.
+
+    The end E of each step is bounded from below, whatever is known in advance. What s consumes was begun after
+    E[s - max_staleness - 1], when the weights that it may be of were trained, and was there when s began, E[s] − train_s
+    at the latest. So in between fit its longest completion, alone in the fastest engine, and, for each u ≤ s, the tokens
+    of steps u to s after E[u - max_staleness - 1], with all batches full. E of the last step is the longest path through
+    these. What is consumed in the first steps may have been sampled before, and costs nothing here: a bound, but one that
+    a whole run cannot quite reach, as it knows neither lengths nor tails.
+    """
+    per_token = floor_s(1, decode, slots, speeds)
+    alone, ends = decode.step_s(1) / max(speeds), [0.0]
+    for s in range(1, len(tokens)):
+        least = [ends[s - 1]]
+        if s > max_staleness:
+            least.append(ends[s - max_staleness - 1] + longest[s] * alone)
+        for u in range(max_staleness + 1, s + 1):
+            least.append(ends[u - max_staleness - 1] + sum(tokens[u : s + 1]) * per_token)
+        ends.append(max(least) + train_s)
+    return ends[-1]
 
 
 def makespan_s(lengths: np.ndarray, decode: Decode, slots: int, engines: int) -> float:

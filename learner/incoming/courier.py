@@ -1,6 +1,6 @@
 """The feed's errands to the service that take long, one after the other in a thread of their own.
 
-    publish(step, packed) ─► send ─► evaluation of that version, when due ─► idle
+    publish(step, packed) ─► send ─► evaluation of that version, when due: asked for, served, waited for ─► idle
     recover(cause)        ─► wait for the service ─► session ─► its weights again, if it is a new process ─► back
 
 The next weights are sent after the evaluation of those before them, so an evaluation is of one version. Each errand is
@@ -90,7 +90,8 @@ class Courier:
     """Calls `on_served`, `on_back`, `on_evaluation` and, once, `on_error` from its thread; `on_idle` after each errand;
     `on_lost(cause)` when it looks for a lost service, `on_found(seconds, is_new)` when one answers.
 
-    `generation` counts the processes of the service that this learner has brought its weights to.
+    `evaluates_first`: the groups of an evaluation are asked for before anybody hears that their version is served, so that
+    they are not behind those of training in the service's queue. `generation` counts the processes of the service that this learner has brought its weights to.
     """
 
     def __init__(
@@ -107,10 +108,12 @@ class Courier:
         on_error: Callable[[BaseException], None],
         on_evaluation: Callable[[Evaluation, Packed], None],
         on_wait: Callable[[str], None],
+        evaluates_first: bool = False,
         on_lost: Callable[[ServiceError], None] = lambda cause: None,
         on_found: Callable[[float, bool], None] = lambda seconds, is_new: None,
     ):
         self._client, self._publisher, self._evaluator, self._session = client, publisher, evaluator, session
+        self._evaluates_first = evaluates_first
         self._waits, self._on_served, self._on_back, self._on_idle = waits, on_served, on_back, on_idle
         self._on_error, self._on_evaluation, self._on_wait = on_error, on_evaluation, on_wait
         self._on_lost, self._on_found = on_lost, on_found
@@ -164,12 +167,13 @@ class Courier:
     # --- errands --------------------------------------------------------------------------------------------------
 
     def _publish(self, step: int, packed: Packed, evaluate: bool) -> None:
-        self._send(step, packed)
-        if evaluate and self._evaluator is not None:
-            self._evaluate(self._evaluator, step, packed)
+        evaluator = self._evaluator if evaluate else None
+        self._send(step, packed, evaluator if self._evaluates_first else None)
+        if evaluator is not None:
+            self._evaluate(evaluator, step, packed)
         self.publishing = False
 
-    def _send(self, step: int, packed: Packed) -> None:
+    def _send(self, step: int, packed: Packed, evaluator: Evaluator | None = None) -> None:
         for attempt in range(_ATTEMPTS):
             self.doing = "publishing"
             try:
@@ -186,6 +190,8 @@ class Courier:
         news = self._look_at_workers()
         version = self._publisher.version
         assert version is not None
+        if evaluator is not None:
+            evaluator.start(step, version)
         self._on_served(Served(step, version, times, *news))
 
     def _evaluate(self, evaluator: Evaluator, step: int, packed: Packed) -> None:
@@ -193,7 +199,8 @@ class Courier:
             self.doing = "evaluating"
             version = self._publisher.version
             assert version is not None
-            evaluator.start(step, version)
+            if attempt or not self._evaluates_first:
+                evaluator.start(step, version)
             try:
                 evaluation = evaluator.result(self._waits.evaluation_s)
                 break

@@ -35,7 +35,7 @@ from rlx.wire import GroupRequest, GroupResult
 
 _SAY_AFTER_S = 30.0
 """Seconds without anything happening after which it is said what is waited for; and again after twice as many."""
-_PATIENCE = 2.0
+PATIENCE = 2.0
 """Times as long as it had been under way that a group may hold a step up. Cancelling throws away what was sampled, and the
 prompt's next completions may take as long; but nobody knows whether this one ever ends."""
 _MORE_ATTEMPTS = 3
@@ -100,6 +100,7 @@ class Feed:
         self._courier = Courier(
             client, publisher, evaluator, session, waits, on_served=self._served, on_back=self._back,
             on_idle=self._happened, on_error=self._failed, on_evaluation=on_evaluation, on_wait=on_wait,
+            evaluates_first=ledger.rules.max_staleness > 0,
             on_lost=lambda cause: self._journal.service_lost(str(cause)), on_found=self._journal.service_back,
         )  # fmt: skip
 
@@ -180,7 +181,7 @@ class Feed:
         now, held = time.monotonic(), {(ticket.number, ticket.attempt) for ticket in self._ledger.held_up_by()}
         self._held_since = {ticket: self._held_since.get(ticket, now) for ticket in held}
         sent_at = {(flight.number, flight.attempt): flight.sent_at for flight in self._flights.values()}
-        ends = {ticket: since + _PATIENCE * (since - sent_at[ticket]) for ticket, since in self._held_since.items()}
+        ends = {ticket: since + PATIENCE * (since - sent_at[ticket]) for ticket, since in self._held_since.items()}
         for (number, _), end in ends.items():
             if end <= now:
                 self._ledger.give_up(number)

@@ -191,7 +191,7 @@ def test_weights_travel_and_groups_are_sampled_while_the_learner_trains():
 
 
 def test_a_step_waits_for_a_group_that_would_be_too_old_for_the_next(monkeypatch):
-    monkeypatch.setattr(feed_module, "_PATIENCE", 1e6)
+    monkeypatch.setattr(feed_module, "PATIENCE", 1e6)
     service = Service()
     with learner(service, max_staleness=1) as run:
         steps = run.in_background()
@@ -428,6 +428,24 @@ def test_the_next_weights_wait_for_an_evaluation_and_training_goes_on_meanwhile(
         ("commit", 1), ("evaluation", 0), ("train", 0), ("train", 1), ("evaluated", 0), ("commit", 2), ("train", 2)
     ]  # fmt: skip
     assert run.evaluations == [((0, 1), b"0.0")]
+
+
+@pytest.mark.parametrize(
+    ("staleness", "first"), [(0, ["submit", "submit", "evaluation"]), (1, ["evaluation", "submit"])]
+)
+def test_an_evaluation_is_not_behind_training_where_the_next_weights_would_wait_for_both(
+    staleness: int, first: list[str]
+):
+    service = Service()
+    evaluator = FakeEvaluator(service)
+    with learner(service, evaluates=lambda step: step == 0, evaluator=evaluator, max_staleness=staleness) as run:
+        step = run.in_background()
+        service.wait_for(lambda: ("evaluated", 0, 0.0) in service.log)
+        service.finish("0.0", "1.0")
+        assert step().tickets == (0, 1)
+    events = [entry[0] for entry in service.log if entry[0] in ("submit", "evaluation")]
+    assert events[: len(first)] == first
+    assert evaluator.started == [(0, 1)]
 
 
 def test_the_policy_of_a_due_step_is_evaluated_also_when_publishing_is_slow():
