@@ -59,7 +59,7 @@ class Member:
     `incarnation` counts its processes: what is heard of an earlier one says nothing about this one. `kept`: the
     process is sound, only its weights are refused; it is not restarted, the next update is its next chance.
     `cause` is why it left the ready ones, `last_cause` what went wrong since, `doing` what its start is about.
-    `token_at` and `load_at` are on the monotonic clock. `changed` is set when something happened that its supervisor
+    `token_at`, of its newest token or of when it became ready, and `load_at` are on the monotonic clock. `changed` is set when something happened that its supervisor
     should look at.
     """
 
@@ -214,7 +214,7 @@ class Fleet:
         """KeyError when `TRANSITIONS` does not know it."""
         member.state = TRANSITIONS[member.state, event]
         if member.state == "ready":
-            member.cause, member.kept = "", False
+            member.cause, member.kept, member.token_at = "", False, time.monotonic()
         elif member.state == "restarting":
             member.incarnation, member.restarts = member.incarnation + 1, member.restarts + 1
         self._notify(member)
@@ -294,7 +294,7 @@ class Fleet:
         self.on_event(line)
 
     def silent(self) -> list[Member]:
-        """Ready, but without a token for longer than `service.probe_timeout`."""
+        """Ready for longer than `service.probe_timeout`, and without a token for as long."""
         return [m for m in self.ready() if m.token_age_s() > self._settings.probe_timeout]
 
     def statuses(self) -> list[WorkerStatus]:

@@ -83,6 +83,16 @@ def test_of_a_worker_that_does_not_work_nothing_new_is_learned_and_its_first_cau
     assert (member.state, member.cause, member.last_cause) == ("down", "out of memory", "no such folder")
 
 
+def test_silence_counts_from_when_a_worker_became_ready():
+    fleet = fleet_of("w", ready=False)
+    [member] = fleet.members
+    member.token_at -= 1000
+    serve(fleet, member)
+    assert fleet.silent() == []
+    member.token_at -= 1000
+    assert fleet.silent() == [member]
+
+
 def test_of_a_cause_with_a_traceback_the_line_that_says_what_it_was_stays_and_the_event_has_all():
     fleet = fleet_of("w")
     said = []
