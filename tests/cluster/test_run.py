@@ -43,7 +43,7 @@ def runs(folder: Path, part: str) -> bool:
 
 def test_a_run_that_trains_stops_its_service_and_gives_0(tmp_path):
     run = start(tmp_path, "serves", "trains")
-    output, _ = run.communicate(timeout=30)
+    output, _ = run.communicate(timeout=120)
     assert run.returncode == 0
     assert output.splitlines() == [
         "service: loading",
@@ -68,7 +68,7 @@ def test_a_run_that_trains_stops_its_service_and_gives_0(tmp_path):
 )
 def test_the_first_failure_stops_the_other_and_is_the_last_thing_shown(tmp_path, service, learner, code, last):
     run = start(tmp_path, service, learner)
-    output, _ = run.communicate(timeout=30)
+    output, _ = run.communicate(timeout=120)
     assert run.returncode == code
     assert output.splitlines()[-1].startswith(last)
     if service == "dies later":
@@ -82,7 +82,7 @@ def test_ctrl_c_reaches_the_learner_first_and_then_stops_the_service(tmp_path):
     wait_for(tmp_path / "learner.arguments")
     time.sleep(0.5)
     run.send_signal(signal.SIGINT)
-    output, _ = run.communicate(timeout=30)
+    output, _ = run.communicate(timeout=120)
     assert run.returncode == 130
     assert output.splitlines()[-1] == "learner stopped by 2"
     assert "service stopped by 15" in (tmp_path / "out" / "service.log").read_text()
@@ -93,7 +93,7 @@ def test_ctrl_c_while_the_service_loads_stops_it(tmp_path):
     wait_for(tmp_path / "service.arguments")
     time.sleep(0.5)
     run.send_signal(signal.SIGINT)
-    run.communicate(timeout=30)
+    run.communicate(timeout=120)
     assert run.returncode == 130
     assert not runs(tmp_path, "service")
     assert not (tmp_path / "learner.pid").exists()

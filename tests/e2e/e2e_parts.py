@@ -26,7 +26,7 @@ from rlx.rollout.client import RolloutClient
 TOKEN = "token-of-the-tests"
 TOLERANCE = 0.05
 """Largest difference of a log-probability between a synced worker and the learner's model, both in bfloat16."""
-SERVICE_START_S, LEARNER_START_S = 180, 60
+SERVICE_START_S, LEARNER_START_S, END_S = 240, 120, 90
 _FIRST_PORT = 18300
 
 
@@ -87,7 +87,7 @@ class Rlx:
                 continue
         return found
 
-    def left(self, within_s: float = 5.0) -> list[str]:
+    def left(self, within_s: float = 20.0) -> list[str]:
         """What still runs after `within_s` seconds."""
         deadline = time.monotonic() + within_s
         while (left := self.processes()) and time.monotonic() < deadline:

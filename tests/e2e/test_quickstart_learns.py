@@ -15,6 +15,7 @@ import httpx
 import pytest
 import yaml
 from e2e_parts import (
+    END_S,
     LEARNER_START_S,
     SERVICE_START_S,
     TOLERANCE,
@@ -73,7 +74,7 @@ def trained(quickstart: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 def served(trained: Trained) -> Iterator[Rlx]:
     """A new service whose base model is the trained one, in the place of the first."""
     trained.service.ctrl_c()
-    assert trained.service.wait(40) == 0
+    assert trained.service.wait(END_S) == 0
     with serving(trained.config, "--base_model", trained.out) as service:
         yield service
 
@@ -187,14 +188,14 @@ def test_a_rollout_worker_that_is_killed_comes_back_with_the_weights_and_the_run
         os.kill(killed, signal.SIGKILL)
         served.wait_for("rlx-rollout-0: ready with weights ", SERVICE_START_S)
         seen = steps_shown(learner.output)[-1]
-        learner.wait_for(f"step {seen + 5}/", 60)
+        learner.wait_for(f"step {seen + 5}/", LEARNER_START_S)
         assert client.health()["status"] == "ok"
         assert client.workers()["workers"][0]["pid"] != killed
         learner.ctrl_c()
-        assert learner.wait(30) == 130
+        assert learner.wait(END_S) == 130
         assert learner.left() == []
     assert steps_shown(learner.output) == list(range(1, steps_shown(learner.output)[-1] + 1))
     served.ctrl_c()
-    assert served.wait(60) == 0
+    assert served.wait(END_S) == 0
     assert "raylet" not in served.output  # its words about the death, beside those of the service
     assert served.left() == []

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from e2e_parts import (
+    END_S,
     LEARNER_START_S,
     SERVICE_START_S,
     Rlx,
@@ -76,7 +77,7 @@ def test_ctrl_c_in_training_ends_everything(runs):
     run.wait_for("step 2/", RUN_S)
     assert answers(run)
     run.ctrl_c()
-    assert run.wait(45) == 130
+    assert run.wait(END_S) == 130
     assert run.left() == []
     assert not answers(run)
     kept = r"stopped by Ctrl-C; .+/checkpoint-\d+ is kept\. To go on: rlx run run\.yaml --num-processes 2 "

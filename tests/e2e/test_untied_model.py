@@ -8,7 +8,7 @@ import signal
 
 import numpy as np
 import pytest
-from e2e_parts import LEARNER_START_S, TOLERANCE, client_of, difference, read_rows, rlx
+from e2e_parts import END_S, LEARNER_START_S, TOLERANCE, client_of, difference, read_rows, rlx
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlx.wire import GroupRequest, Sampling
@@ -82,14 +82,14 @@ def test_a_learner_that_is_killed_leaves_the_service_to_the_next_and_so_does_ctr
         learner.wait_for("step 2/", RUN_S)
         ranks = [pid for pid, line in learner.processes().items() if "rlx.learner.process" in line]
         os.kill(max(ranks), signal.SIGKILL)
-        assert learner.wait(30) == 137
+        assert learner.wait(END_S) == 137
         assert learner.left() == []
     assert learner.last_message.startswith("error: learner process 1 was killed by signal 9, SIGKILL")
     assert learner.output.splitlines()[-1].startswith("no checkpoint had been written (save_steps"), learner.output
     with rlx(tmp_path, "train", llama.config, *options) as learner:
         learner.wait_for("step 2/", RUN_S)
         learner.ctrl_c()
-        assert learner.wait(30) == 130
+        assert learner.wait(END_S) == 130
         assert learner.left() == []
     assert learner.output.splitlines()[-1].startswith("stopped by Ctrl-C; "), learner.output
     with client_of(llama.config) as client:

@@ -501,10 +501,10 @@ def f(prompts, args, processing_class):
                "max_tokens": args.max_completion_length, "repetition_penalty": args.repetition_penalty}
     url = f"http://{args.vllm_server_host}:{args.vllm_server_port}"
     assert url == args.vllm_server_base_url
-    assert requests.get(f"{url}/health/", timeout=5).status_code == 200
-    assert "num_beams" in requests.post(f"{url}/generate/", json={**payload, "num_beams": 3}, timeout=5).json()["error"]
-    assert requests.post(f"{url}/other/", json=payload, timeout=5).status_code == 404
-    result = requests.post(f"{url}/generate/", json=payload, timeout=5)
+    assert requests.get(f"{url}/health/", timeout=60).status_code == 200
+    assert "num_beams" in requests.post(f"{url}/generate/", json={**payload, "num_beams": 3}, timeout=60).json()["error"]
+    assert requests.post(f"{url}/other/", json=payload, timeout=60).status_code == 404
+    result = requests.post(f"{url}/generate/", json=payload, timeout=60)
     result.raise_for_status()
     result = result.json()
     result["env_reward"] = [len(text) for text in processing_class.batch_decode(result["completion_ids"], skip_special_tokens=True)]

@@ -12,7 +12,9 @@ from fake_service import Served
 
 from rlx.processes import descendants
 
-LIMIT_S = 90.0
+LIMIT_S = 240.0
+GONE_S = 20.0
+"""For processes that end by themselves; a busy machine takes its time to schedule them."""
 
 
 def start(path: Path, served: Served, processes: int, *overrides: str) -> subprocess.Popen[str]:
@@ -23,9 +25,9 @@ def start(path: Path, served: Served, processes: int, *overrides: str) -> subpro
     )  # fmt: skip
 
 
-def gone(processes: dict[int, int], within_s: float) -> bool:
-    """Whether all of `processes` have ended."""
-    end = time.monotonic() + within_s
+def gone(processes: dict[int, int]) -> bool:
+    """Whether all of `processes` end soon."""
+    end = time.monotonic() + GONE_S
     while time.monotonic() < end:
         if not any(Path(f"/proc/{pid}/cmdline").exists() for pid in processes):
             return True
@@ -52,5 +54,5 @@ def run(path: Path, served: Served, processes: int, *overrides: str) -> tuple[in
         watch.set()
         watcher.join()
     assert len(seen) >= processes
-    assert gone(seen, within_s=1.0)
+    assert gone(seen)
     return learner.returncode, out, err

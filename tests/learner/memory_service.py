@@ -215,7 +215,7 @@ class Publisher:
         return Packed(memoryview(str(model.steps.item()).encode()), (), 1)
 
     def send(self, packed: Packed) -> PublishTimes:
-        assert self.may_send.wait(20)
+        assert self.may_send.wait(60)
         version = max(self.version or 0, self._client._service.version) + 1
         self._client.commit(version, float(bytes(packed.payload)), self._full)
         self.version, self._full = version, False

@@ -152,7 +152,7 @@ def test_a_learner_that_is_killed_goes_on_and_the_service_needs_no_help(tmp_path
         killed = start(path, served, 2)
         wait_until(lambda: (tmp_path / "out" / "checkpoint-4" / "rlx_state.json").exists())
         killed.send_signal(signal.SIGKILL)
-        killed.communicate(timeout=20)
+        killed.communicate(timeout=90)
         status, _, err = run(path, served, 2, "--auto_resume_from_checkpoints", "true")
     assert (status, err) == (0, "")
     check_every_prompt_once(tmp_path / "out")

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from fake_service import ScriptedWorker, Served, config_for, lines, serve, write_run
-from learner_process import gone, run, start
+from learner_process import LIMIT_S, gone, run, start
 from safetensors.torch import load_file
 from tiny_models import make_tiny_model
 
@@ -114,7 +114,8 @@ def test_each_part_of_a_checkpoint_counts(tmp_path: Path) -> None:
 def test_a_run_that_is_killed_while_it_writes_a_checkpoint_goes_on_to_the_same_bits(
     tmp_path: Path, processes: int
 ) -> None:
-    """With two processes between two steps on one batch."""
+    """With two processes between two steps on one batch. One process replays the recorded run itself; two add gradients up
+    in another order, and are compared with two that were not killed."""
     reused = {} if processes == 1 else REUSED
     path = recorded(tmp_path, max_steps=4, gradient_accumulation_steps=4, trl=reused)
     replay, whole, killed = tmp_path / "out" / "rollouts", tmp_path / "whole", tmp_path / "killed"
@@ -122,9 +123,12 @@ def test_a_run_that_is_killed_while_it_writes_a_checkpoint_goes_on_to_the_same_b
     if reused:
         options += ["--trl.steps_per_generation", "4", "--gradient_accumulation_steps", "2"]
     options.append("--output_dir")
-    assert run(path, NOBODY, processes, *options, str(whole))[0] == 0
+    if processes == 1:
+        whole = tmp_path / "out"
+    else:
+        assert run(path, NOBODY, processes, *options, str(whole))[0] == 0
     learner = start(path, NOBODY, processes, *options, str(killed))
-    end = time.monotonic() + 90
+    end = time.monotonic() + LIMIT_S
     while not (killed / "checkpoint-2").exists():
         assert learner.poll() is None
         assert time.monotonic() < end
@@ -135,7 +139,7 @@ def test_a_run_that_is_killed_while_it_writes_a_checkpoint_goes_on_to_the_same_b
         if Path(f"/proc/{pid}").exists():
             os.kill(pid, signal.SIGKILL)
     learner.communicate()
-    assert gone(left, within_s=5.0)
+    assert gone(left)
     assert not (killed / "model.safetensors").exists()
     status, out, err = run(path, NOBODY, processes, *options, str(killed))
     assert (status, err) == (0, "")

@@ -64,7 +64,7 @@ class Running:
 
     def __enter__(self):
         self._thread.start()
-        assert self._up.wait(5)
+        assert self._up.wait(60)
         return self
 
     def __exit__(self, *_):

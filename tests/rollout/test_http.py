@@ -43,7 +43,7 @@ PEOPLE = {"key": "p-1", "prompt": "1+1=", "prompt_ids": [1, 2], "n": 2, "samplin
 
 
 def client(url, **settings):
-    return httpx.AsyncClient(base_url=url, trust_env=False, timeout=10, **settings)
+    return httpx.AsyncClient(base_url=url, trust_env=False, timeout=60, **settings)
 
 
 def error_of(answer):

@@ -31,7 +31,7 @@ async def running(*workers: LocalWorker, **options: Any) -> AsyncIterator[tuple[
     async with (
         started(service),
         on_http(service, **options) as url,
-        httpx.AsyncClient(base_url=url, headers=BEARER, timeout=10) as client,
+        httpx.AsyncClient(base_url=url, headers=BEARER, timeout=60) as client,
     ):
         yield service, client
 

@@ -56,7 +56,7 @@ class FakeEvaluator:
         self._service.tell(("evaluation", step, self._service.policy))
 
     def result(self, timeout_s: float) -> Any:
-        assert self.over.wait(20)
+        assert self.over.wait(60)
         if self.errors:
             raise self.errors.pop()
         self._service.tell(("evaluated", self.started[-1][0], self._service.policy))
@@ -388,7 +388,7 @@ def test_a_long_wait_says_what_it_waits_for(monkeypatch: pytest.MonkeyPatch):
     with learner(service) as run:
         run.waited = Said(said)
         step = run.in_background()
-        assert said.wait(20)
+        assert said.wait(60)
         service.finish(*service.tickets())
         step()
     assert "in which nothing happened: 0 of 2 groups are there, the rollout service has 2" in run.waited[0]

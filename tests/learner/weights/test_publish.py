@@ -244,7 +244,7 @@ def test_one_update_is_on_its_way_at_a_time_and_forgetting_does_not_wait(model: 
     def slow() -> None:
         order.append("begins")
         begun.set()
-        assert go_on.wait(20)
+        assert go_on.wait(60)
         order.append("ends")
 
     holder.fail = slow
@@ -252,7 +252,7 @@ def test_one_update_is_on_its_way_at_a_time_and_forgetting_does_not_wait(model: 
     threads = [threading.Thread(target=publisher.send, args=(packed,)) for _ in range(2)]
     for thread in threads:
         thread.start()
-    assert begun.wait(20)
+    assert begun.wait(60)
     publisher.forget()
     go_on.set()
     for thread in threads:
