@@ -12,6 +12,7 @@ _TOGETHER = ("e2e", "cluster")
 """Folders whose tests share services and a Ray cluster, and take their ports from one range."""
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """With `pytest -n 2`: a process runs the tests of a file, those of a folder of `_TOGETHER`, or all others that start
     vLLM, one after the other in the usual order; what takes longest begins first."""

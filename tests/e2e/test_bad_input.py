@@ -42,15 +42,6 @@ def test_an_engine_that_does_not_start_shows_its_own_first_error(config, tmp_pat
     assert "num_heads" in message or "num_attention_heads" in message or "heads" in message, message
 
 
-def test_train_without_a_service_gives_up_and_says_what_to_type(config, tmp_path):
-    options = ("--trl.vllm_server_timeout", "3", "--output_dir", tmp_path / "out")
-    with rlx(config.parent, "train", config, *options) as train:
-        message = fails(train, LEARNER_START_S)
-    assert "no rollout service was ready within 3 s: nobody answers at http://127.0.0.1:" in message
-    assert "rlx vllm-serve" in message
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize("command", ["vllm-serve", "train", "run"])
 def test_a_hub_name_without_a_hub_is_one_message(config, tmp_path, command):
     """Nobody listens at the hub's address."""

@@ -39,6 +39,7 @@ def test_a_service_that_is_not_there_is_told_with_what_to_type(tmp_path: Path) -
         f"error: no rollout service was ready within 1 s: nobody answers at http://127.0.0.1:{served.port}; start it in "
         "another terminal: rlx vllm-serve <cfg.yaml>\n"
     )
+    assert {path.name for path in (tmp_path / "out").glob("*")} <= {"logs"}
 
 
 def test_a_service_that_goes_away_in_the_run_ends_it_with_its_checkpoints_kept(tmp_path: Path) -> None:
