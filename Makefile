@@ -4,7 +4,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 TORCH := 2.13.0
 # Two test processes: most tests wait more than they compute. tests/conftest.py says which may run beside which.
-TWO := -n 2 --dist loadgroup --no-loadscope-reorder
+TWO := -n 2 --dist loadscope --no-loadscope-reorder
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .PHONY: quickstart install reasoning-gym qlora openenv programs test test-fast check docs clean

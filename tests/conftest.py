@@ -1,42 +1,48 @@
-"""Its folder comes first on sys.path, so that tests can import `tiny_models`; and what two pytest processes share."""
+"""Its folder comes first on sys.path, so that tests can import `tiny_models`; and what several pytest processes run beside
+each other."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-_TOGETHER = ("e2e", "cluster")
-"""Folders whose tests share services and a Ray cluster, and take their ports from one range."""
+_ENGINES = ("test_engine_contract", "test_vllm_engine", "test_vllm_lora", "test_vllm_weights")
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
+def _unit(nodeid: str) -> str:
+    """What one of several test processes runs as a whole, in the usual order: a folder whose tests share services or a
+    Ray cluster, and take their ports from one range; the files that share engines; any other file."""
+    file = Path(nodeid.partition("::")[0])
+    if file.parent.name in ("e2e", "cluster"):
+        return file.parent.name
+    return "engines" if file.stem in _ENGINES else str(file)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Units(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _unit(nodeid)
+
+    return Units(config, log)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With `pytest -n 2`: a process runs the tests of a file, those of a folder of `_TOGETHER`, or all others that start
-    vLLM, one after the other in the usual order; what takes longest begins first."""
+    """What takes longest begins first, when there are several processes."""
     if not hasattr(config, "workerinput"):
         return
-    ranks: dict[str, int] = {}
-    groups = [_group_of(item, ranks) for item in items]
-    for item, group in zip(items, groups, strict=True):
-        item.add_marker(pytest.mark.xdist_group(group))
-    order = sorted(range(len(items)), key=lambda at: (ranks[groups[at]], groups[at], at))
+    units = [_unit(item.nodeid) for item in items]
+    slow = {unit for unit, item in zip(units, items, strict=True) if item.get_closest_marker("slow")}
+    first = ["e2e", "cluster", "engines", *sorted(slow - {"e2e", "cluster", "engines"})]
+    ranks = {unit: rank for rank, unit in enumerate(first)}
+    order = sorted(range(len(items)), key=lambda at: (ranks.get(units[at], len(first)), units[at], at))
     items[:] = [items[at] for at in order]
-
-
-def _group_of(item: pytest.Item, ranks: dict[str, int]) -> str:
-    """The name of its group, whose rank in the queue is noted."""
-    folder = item.path.relative_to(Path(__file__).parent).parts[0]
-    if folder in _TOGETHER:
-        group, rank = folder, _TOGETHER.index(folder)
-    elif item.get_closest_marker("vllm"):
-        group, rank = "engines", len(_TOGETHER)
-    else:
-        group, rank = item.path.stem, 8 if item.get_closest_marker("slow") else 9
-    ranks[group] = min(rank, ranks.get(group, rank))
-    return group
 
 
 @pytest.fixture(autouse=True)
