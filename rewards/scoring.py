@@ -203,7 +203,7 @@ def _score(reward: Reward, request: ScoreRequest, log: RewardLog, run: Callable[
         if inspect.isawaitable(result):
             result = run(_wait(result))
         return read_values(reward, result, log.num_completions)
-    except (Exception, SystemExit, asyncio.CancelledError) as error:  # whatever the user's code raises is its outcome
+    except BaseException as error:  # whatever the user's code raises is its outcome
         return _raised(reward, error, log.num_completions)
 
 
@@ -218,7 +218,7 @@ async def _score_beside(reward: Reward, request: ScoreRequest, log: RewardLog, t
         if task is not None and task.cancelling():  # by the caller
             raise
         return _raised(reward, error, log.num_completions)
-    except (Exception, SystemExit) as error:  # whatever the user's code raises is its outcome
+    except (Exception, SystemExit, KeyboardInterrupt) as error:  # whatever the user's code raises is its outcome
         if scope.expired():
             told = f"did not answer within {timeout_s:g} s (rewards.timeout) and was cancelled."
             return reward.failed("timeout", log.num_completions, told)

@@ -275,6 +275,7 @@ def test_a_worker_keeps_one_event_loop_so_that_clients_stay_usable(tmp_path):
     ("body", "outcome", "failed", "values", "told"),
     [
         ("raise KeyError('x')", "exception", 4, [None] * 4, "raised KeyError.\nTraceback"),
+        ("raise KeyboardInterrupt", "exception", 4, [None] * 4, "raised KeyboardInterrupt.\nTraceback"),
         ("import asyncio; raise asyncio.CancelledError", "exception", 4, [None] * 4, "raised CancelledError."),
         ("raise SystemExit(3)", "exception", 4, [None] * 4, "raised SystemExit.\nTraceback"),
         ("return [1, 2, 3]", "invalid", 4, [None] * 4, "returned 3 values for 4 completions."),
