@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 
 from rlx.errors import DeadlineExceeded, RlxError, ServiceUnavailable
 from rlx.rollout.candidates import Candidates
+from rlx.rollout.charge import Charge
 from rlx.rollout.deadline import answer_of
-from rlx.rollout.fleet import Charge, Fleet, Member
+from rlx.rollout.fleet import Fleet, Member
 from rlx.rollout.worker import EngineLoad
 from rlx.wire import GroupRequest
 
