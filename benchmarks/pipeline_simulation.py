@@ -20,8 +20,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from local_parts import spread
 from service import print_versions
-from trace_engine import FIRST_TICKET, Decode, Trace, TraceEngine, floor_s
+from trace_engine import FIRST_TICKET, Decode, Trace, TraceEngine, bounded_floor_s, floor_s
 
 from rlx.config.sections import ServiceSection
 from rlx.learner.incoming.feed import PATIENCE
@@ -111,10 +112,11 @@ class _Run:
         self._tasks: dict[tuple[int, int], asyncio.Task[None]] = {}
         self._sent: dict[tuple[int, int], float] = {}
         self._held: dict[tuple[int, int], float] = {}
-        self._tokens: dict[int, int] = {}
+        self._lengths_of: dict[int, list[int]] = {}
         self._changed, self._sent_step, self._publishing = asyncio.Event(), -1, False
         self._failed: BaseException | None = None
-        self.put_back, self.evaluation_s, self.ends, self.trained = 0, [], [], []  # type: int, list[float], list[float], list[int]
+        self.put_back, self.evaluation_s, self.ends = 0, [], []  # type: int, list[float], list[float]
+        self.trained: list[list[int]] = []
 
     async def run(self) -> None:
         for step in range(self.case.steps + MORE_STEPS):
@@ -123,16 +125,19 @@ class _Run:
                 self._tasks.pop(key).cancel()
             self.put_back += len(taken.cancelled) + len(taken.dropped)
             self._pump()
-            self.trained.append(sum(self._tokens.pop(number) for number in taken.consumed))
+            self.trained.append([n for number in taken.consumed for n in self._lengths_of.pop(number)])
             await asyncio.sleep(self.case.train_s)
             self.ends.append(time.monotonic())
         await self._router.close()
 
-    def of_limit(self) -> float:
-        ends, steps = self.ends[: self.case.steps], self.case.steps - WARM_UP
-        tokens = sum(self.trained[WARM_UP : self.case.steps]) / steps
-        floor = floor_s(round(tokens), self.case.decode, self.case.slots, self.case.speeds)
-        return max(floor, self.case.train_s) * steps / (ends[-1] - ends[WARM_UP - 1])
+    def of_limit(self) -> tuple[float, float]:
+        """And of the limit that its staleness leaves."""
+        case, first, last = self.case, WARM_UP - 1, self.case.steps
+        step_s = (self.ends[last - 1] - self.ends[first]) / (last - WARM_UP)
+        tokens, longest = [sum(step) for step in self.trained[first:last]], [max(s) for s in self.trained[first:last]]
+        floor = max(floor_s(sum(tokens[1:]), case.decode, case.slots, case.speeds) / (last - WARM_UP), case.train_s)
+        bound = bounded_floor_s(tokens, longest, case.max_staleness, case.train_s, case.decode, case.slots, case.speeds)
+        return floor / step_s, max(floor, bound / (last - WARM_UP)) / step_s
 
     # --- the learner ----------------------------------------------------------------------------------------------
 
@@ -185,20 +190,20 @@ class _Run:
 
     async def _group(self, number: int, attempt: int) -> None:
         await asyncio.sleep(WAY_S)
-        tokens, oldest = await self._sample(number)
+        lengths, oldest = await self._sample(number)
         await asyncio.sleep(WAY_S)
         del self._tasks[number, attempt]
         if self._ledger.arrived(number, attempt, oldest) == "kept":
-            self._tokens[number] = tokens
+            self._lengths_of[number] = lengths
         self._pump()
 
-    async def _sample(self, number: int) -> tuple[int, int]:
-        """Tokens of the group, and the policy of its oldest."""
+    async def _sample(self, number: int) -> tuple[list[int], int]:
+        """Tokens of the group's completions, and the policy of the oldest."""
         n, most = self.case.generations, 200 * self.case.longest
         with await self._router.place(n, n * most) as member:
             prompt = np.array([1, FIRST_TICKET + number], np.int32)
             found = await member.worker.generate("", prompt, n, Sampling(max_tokens=most))
-        return sum(c.ids.size for c in found), min(version for c in found for version, _ in c.versions) - 1
+        return [c.ids.size for c in found], min(version for c in found for version, _ in c.versions) - 1
 
     # --- its courier ----------------------------------------------------------------------------------------------
 
@@ -269,15 +274,18 @@ def main() -> None:
         if given.only and not case.name.startswith(tuple(given.only)):
             continue
         runs = [simulate(replace(case, seed=given.first_seed + i)) for i in range(given.seeds)]
-        ratios, put_back = [run.of_limit() for run in runs], statistics.mean(run.put_back for run in runs)
         if case.evaluate:
             work_s = case.generation_s * case.evaluate / case.groups
             print(
                 f"  {case.name:34} an evaluation of {work_s:.1f} s of generation adds {_evaluation(runs)}", flush=True
             )
             continue
-        print(f"  {case.name:34} of the limit {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}), "
-              f"{put_back:.1f} groups put back", flush=True)  # fmt: skip
+        plain, bounded = (spread(list(ratios), 3) for ratios in zip(*(run.of_limit() for run in runs), strict=True))
+        put_back = statistics.mean(run.put_back for run in runs)
+        print(
+            f"  {case.name:34} of the limit {plain}, at its staleness {bounded}, {put_back:.1f} groups put back",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
