@@ -45,7 +45,7 @@ class Settings:
     """Lengths are log-normal with that mean and sigma, in tokens."""
 
     prompt: int = 64
-    mean: int = 100
+    mean: int = 80
     sigma: float = 0.9
     completions: int = 16
     group: int = 8
