@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import multiprocessing
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from rlx.config.trackers import check_trackers
 from rlx.errors import ConfigError, DatasetError, ModelError, RlxError, UserCodeError
 
 _IMPORT_S = 30.0
+_VLLM_S = 120.0
 
 
 @dataclass
@@ -120,8 +124,37 @@ def _check_adapter(config: Config, found: _Findings) -> None:
             f"adapter: {config.lora_model_dir or f'new, rank {config.lora_r}'}, sent to the workers "
             f"{'alone' if config.lora_sync == 'adapter' else 'merged'}"
         )
+        _check_engine_takes_adapters(config, found)
     except ConfigError as error:
         found.errors.append(error)
+
+
+def _check_engine_takes_adapters(config: Config, found: _Findings) -> None:
+    """An engine would say so only when it has loaded the model. Raises ConfigError."""
+    file = Path(config.local(config.base_model)) / "config.json"
+    if config.lora_sync != "adapter" or not file.is_file():
+        return
+    for architecture in json.loads(file.read_text()).get("architectures") or ():
+        answer = _ask_vllm(architecture)
+        if answer == "False":
+            raise ConfigError(
+                f"{config.path}: lora_sync: adapter: vLLM serves {architecture} without adapters only; write `lora_sync: merged`"
+            )
+        if answer != "True":
+            found.unchecked.append(f"not checked: whether vLLM serves {architecture} with adapters")
+
+
+def _ask_vllm(architecture: str) -> str:
+    """True, False or None, as `takes_adapters` prints it; nothing where vLLM cannot be asked here. In a process of its
+    own, which imports vLLM."""
+    code = "import sys; from rlx.rollout.vllm_lora import takes_adapters; print(takes_adapters(sys.argv[1]))"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code, architecture], capture_output=True, text=True, timeout=_VLLM_S, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return ""
+    return done.stdout.strip().rpartition("\n")[2]
 
 
 def _check_optimizer(config: Config, found: _Findings) -> None:

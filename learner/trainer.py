@@ -263,7 +263,7 @@ class GRPOTrainer(Trainer):
             save_reference(self._reference, folder, is_first=self._ranks.rank == 0)
         if self._ranks.rank == 0:
             self._save_open_batch(folder)
-            state = {"step": self.state.global_step, **self._feed_state()}
+            state = {"step": self.state.global_step, "optimizer": self._config.optimizer, **self._feed_state()}
             if self._bonus.adaptive:
                 state["entropy_bonus"] = self._bonus.state()
             seal(folder, state)

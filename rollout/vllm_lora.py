@@ -14,10 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from vllm.lora.request import LoRARequest
+from vllm.model_executor.models.interfaces import supports_lora
+from vllm.model_executor.models.registry import ModelRegistry
 
 from rlx.rollout import manifest
 
 _NUMBER = 1
+
+
+def takes_adapters(architecture: str) -> bool | None:
+    """Whether vLLM serves models of this class with adapters; None of a class that it has under another name, or not."""
+    model = ModelRegistry.models.get(architecture)
+    return None if model is None else bool(supports_lora(model.load_model_cls()))
 
 
 def policy(version: int) -> LoRARequest:

@@ -1,12 +1,13 @@
 """Checkpoints: what makes one complete, which one to go on from, and the final model.
 
-The library writes the files of a checkpoint; the marker comes last and holds their sizes, so that one that was not
-finished, or lost something since, is known.
+The library writes the files of a checkpoint; the marker comes last and holds their sizes and digests, so that one that
+was not finished, or was changed since, is known.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlx.config import Config
 from rlx.errors import ConfigError
-from rlx.learner.durable import settle, write_atomically
+from rlx.learner.durable import digest, settle, write_atomically
 from rlx.learner.policy import kept
 from rlx.learner.policy.adapters import WEIGHTS, check_checkpoint
 from rlx.learner.policy.kept import CHECKPOINT_MARKER
@@ -56,7 +57,10 @@ def clear(folder: Path) -> None:
 
 def seal(folder: Path, state: Mapping[str, Any]) -> None:
     """When all files of a checkpoint are written: from here on it is one."""
-    marker = {"format": _FORMAT, "saved_at": kept.time_of_next(folder.parent), "files": settle(folder), **state}
+    files = settle(folder)
+    sizes, digests = ({name: both[i] for name, both in files.items()} for i in (0, 1))
+    now = kept.time_of_next(folder.parent)
+    marker = {"format": _FORMAT, "saved_at": now, "files": sizes, "digests": digests, **state}
     write_atomically(folder / CHECKPOINT_MARKER, json.dumps(marker))
 
 
@@ -133,6 +137,15 @@ def _read(config: Config, folder: Path) -> ResumePoint:
         if found != size:
             there = "is missing" if found is None else f"has {found} of {size} bytes"
             raise refuse(f"is damaged: {name} {there}")
+    if (used := state.get("optimizer", config.optimizer)) != config.optimizer:
+        raise refuse(
+            f"holds the states of optimizer: {used}, which {config.optimizer} cannot go on from; write the former"
+        )
+    if os.environ.get("RANK", "0") == "0":  # once for all: it reads the whole checkpoint
+        digests = state.get("digests", {})
+        for name in sorted(state.get("files", {}).keys() & digests.keys()):
+            if digest(folder / name) != digests[name]:
+                raise refuse(f"is damaged: {name} has its size, and not what was written")
     return point
 
 

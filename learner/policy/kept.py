@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 CHECKPOINT_MARKER = "rlx_state.json"
-"""It is written last, and holds the sizes of a checkpoint's files."""
+"""It is written last, and holds the sizes and digests of a checkpoint's files."""
 _NAME = re.compile(r"checkpoint-\d+")
 
 

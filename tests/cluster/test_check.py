@@ -97,6 +97,30 @@ def test_a_column_that_the_rollout_function_may_bring_is_no_error(tmp_path, mode
     assert capsys.readouterr().out.count("error ") == 1, "the rollout function is told once, and not by the rewards"
 
 
+@pytest.mark.slow
+def test_vllm_itself_says_which_models_it_serves_with_adapters():
+    assert check._ask_vllm("FalconForCausalLM") == "False"
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ("True", "ok    adapter: new, rank 8, sent to the workers alone"),
+        ("", "note  not checked: whether vLLM serves Qwen2ForCausalLM with adapters"),
+        ("False", "error {path}: lora_sync: adapter: vLLM serves Qwen2ForCausalLM without adapters only; write `lora_sync: merged`"),
+    ],
+)  # fmt: skip
+def test_a_model_that_engines_serve_without_adapters_is_told(tmp_path, model, capsys, monkeypatch, answer, said):
+    asked = []
+    monkeypatch.setattr(check, "_ask_vllm", lambda architecture: asked.append(architecture) or answer)
+    plain = config(tmp_path, model)
+    keys = {("adapter",): "lora", ("lora_target_linear",): True, ("lora_sync",): "adapter"}
+    settings = load_config(plain.path, {key: (str(key), value) for key, value in keys.items()})
+    assert check_main(settings, 1) == (ConfigError.exit_code if answer == "False" else 0)
+    assert said.format(path=settings.path) in capsys.readouterr().out
+    assert asked == ["Qwen2ForCausalLM"]
+
+
 def test_no_reward_is_an_error(tmp_path, model):
     empty = config(tmp_path, model, reward="")
     with pytest.raises(ConfigError, match=r"trl\.reward_funcs is empty"):

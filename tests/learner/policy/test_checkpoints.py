@@ -80,6 +80,11 @@ def test_a_checkpoint_is_named_relative_to_the_yaml(tmp_path: Path) -> None:
     ("damage", "problem"),
     [
         ("truncated", r"is damaged: optimizer\.pt has 60 of 100 bytes"),
+        ("zeros", r"is damaged: optimizer\.pt has its size, and not what was written"),
+        (
+            "other optimizer",
+            r"holds the states of optimizer: sgd, which adamw_torch cannot go on from; write the former",
+        ),
         ("missing", r"is damaged: optimizer\.pt is missing"),
         ("marker", r"is damaged: rlx_state\.json is not readable"),
         ("other version", r"has format 3, this rlx reads formats 1 and 2: it is of another version of rlx"),
@@ -93,7 +98,7 @@ def test_a_damaged_checkpoint_is_told_once_with_what_else_there_is(
     folder = tmp_path / "out" / "checkpoint-4"
     folder.mkdir()
     (folder / "optimizer.pt").write_bytes(b"x" * 100)
-    seal(folder, {"step": 4, "weight_version": 4})
+    seal(folder, {"step": 4, "weight_version": 4, "optimizer": "adamw_torch"})
     keys = {"auto_resume_from_checkpoints": True} if how == "newest" else {"resume_from_checkpoint": str(folder)}
     point = find_resume_point(asking(tmp_path, **keys))
     assert point is not None
@@ -101,6 +106,10 @@ def test_a_damaged_checkpoint_is_told_once_with_what_else_there_is(
     marker = folder / CHECKPOINT_MARKER
     if damage == "truncated":
         (folder / "optimizer.pt").write_bytes(b"x" * 60)
+    elif damage == "zeros":
+        (folder / "optimizer.pt").write_bytes(b"x" * 60 + bytes(40))
+    elif damage == "other optimizer":
+        marker.write_text(marker.read_text().replace("adamw_torch", "sgd"))
     elif damage == "missing":
         (folder / "optimizer.pt").unlink()
     elif damage == "marker":
