@@ -84,6 +84,8 @@ def _check_data(config: Config, found: _Findings) -> tuple[dict[str, Any] | None
             found.errors.append(error)
         else:
             found.unchecked.append(f"not checked: the tokenizer and the model. {error}")
+    if tokenizer is not None:
+        _check_context(config, found)
     try:
         row = first_row(config, tokenizer)
     except (DatasetError, UserCodeError) as error:
@@ -109,6 +111,15 @@ def _check_data(config: Config, found: _Findings) -> tuple[dict[str, Any] | None
         except DatasetError as error:
             found.errors.append(error)
     return row, tokenizer
+
+
+def _check_context(config: Config, found: _Findings) -> None:
+    from rlx.learner.policy.model import check_context
+
+    try:
+        check_context(config)
+    except ConfigError as error:
+        found.errors.append(error)
 
 
 def _check_adapter(config: Config, found: _Findings) -> None:

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from rlx.config import Config
+from rlx.errors import ConfigError
 from rlx.hub import located, unusable
 from rlx.learner.policy.quantized import quantization, ready_to_train
 
@@ -53,13 +54,30 @@ def _zero_rates(holder: object) -> None:
             setattr(holder, name, 0.0)
 
 
+def check_context(config: Config) -> None:
+    """ConfigError when prompt and completion need more positions than the model has; vLLM refuses it once it has loaded.
+    Positions that are stretched (`rope_type` other than default) are left to vLLM."""
+    settings = _settings(config).get_text_config()
+    positions = getattr(settings, "max_position_embeddings", None)
+    rope = getattr(settings, "rope_parameters", None) or {}
+    if positions is None or rope.get("rope_type", "default") != "default" or config.max_model_len <= positions:
+        return
+    raise ConfigError(
+        f"{config.path}: vllm.max_model_len, by default max_prompt_length + max_completion_length, is "
+        f"{config.max_model_len}, but {config.base_model} has {positions} positions. Lower trl.max_completion_length or "
+        "trl.max_prompt_length."
+    )
+
+
 def saved_dtype(config: Config) -> torch.dtype:
     """The type of the base model on disk, which the trained model is saved in, too."""
-    name = located(config, "base_model")
-    settings = AutoConfig.from_pretrained(
-        name, revision=config.revision_of_model, trust_remote_code=config.trust_remote_code
+    return _settings(config).dtype or torch.float32
+
+
+def _settings(config: Config) -> PreTrainedConfig:
+    return AutoConfig.from_pretrained(
+        located(config, "base_model"), revision=config.revision_of_model, trust_remote_code=config.trust_remote_code
     )
-    return settings.dtype or torch.float32
 
 
 def rollout_dtype(config: Config) -> torch.dtype:

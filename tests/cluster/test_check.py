@@ -158,3 +158,12 @@ def test_a_reward_that_blocks_or_exits_is_an_error_of_its_own(tmp_path, model, c
     quick = settings.model_copy(update={"rewards": settings.rewards.model_copy(update={"timeout": 1.0})})
     assert check_main(quick, 1) == UserCodeError.exit_code
     assert f"error {message}" in capsys.readouterr().out
+
+
+def test_a_context_beyond_the_models_positions_is_told_with_both_numbers(tmp_path, model, capsys):
+    config(tmp_path, model)
+    positions = json.loads((model / "config.json").read_text())["max_position_embeddings"]
+    longer = {("trl", "max_prompt_length"): ("--x", positions), ("trl", "max_completion_length"): ("--y", 1)}
+    assert check_main(load_config(tmp_path / "run.yaml", longer), 1) == 2
+    text = capsys.readouterr().out
+    assert f"is {positions + 1}, but {model} has {positions} positions" in text
