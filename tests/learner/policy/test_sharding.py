@@ -37,6 +37,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "adapter": {"adapter": "lora", "lora_target_linear": True, "peft_use_dora": True, "trl": {"beta": 0.1},
                 "gradient_checkpointing": True, "max_steps": 2, "save_steps": 1, "fsdp": True, "test_datasets": None},
     "bf16": {"bf16": True, "learning_rate": 1e-5, "max_steps": 1, "save_steps": 1, "fsdp": True, "test_datasets": None},
+    "alone": {"adapter": "lora", "lora_target_linear": True, "lora_alpha": 16, "lora_sync": "adapter", "max_steps": 1, "fsdp": True,
+              "test_datasets": None},
 }  # fmt: skip
 RESUMED = {"whole": 2, "untied": 1, "adapter": 1}
 
@@ -46,10 +48,14 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(file if file.exists() else folder / "model.safetensors")
 
 
+def updates(folder: Path) -> list[bytes]:
+    return [file.read_bytes() for file in sorted((folder / "published").iterdir())]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """NAME/one, NAME/two and NAME/resumed are the outputs of each run by one process, by two, and by two from a
-    checkpoint of those; NAME/published is what the workers got last of two."""
+    checkpoint of those; published/VERSION is what the workers got of all of them."""
     folder = tmp_path_factory.mktemp("sharded")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RLX_TOKEN", TOKEN)
@@ -75,7 +81,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 capture_output=True, text=True, timeout=LIMIT_S, check=False,
             )  # fmt: skip
             assert done.returncode == 0, done.stderr
-            (folder / "last").write_bytes(served.worker.published[max(served.worker.published)])
+            (folder / "published").mkdir()
+            for version, data in served.worker.published.items():
+                (folder / "published" / f"{version:06}").write_bytes(data)
     return folder
 
 
@@ -120,7 +128,16 @@ def test_a_checkpoint_of_a_cut_model_holds_it_whole_and_the_workers_got_it_whole
     best = load_file(folder / "whole" / "two" / "best" / "model.safetensors")
     assert {n: t.shape for n, t in best.items()} == {n: t.shape for n, t in final.items()}
     base = load_file(folder / "adapter" / "model" / "model.safetensors")
-    assert load((folder / "last").read_bytes()).keys() == base.keys()
+    assert [load(update).keys() == base.keys() for update in updates(folder)].count(True) > 10
+
+
+@pytest.mark.slow
+def test_of_a_cut_model_the_workers_get_the_adapter_alone_and_whole(folder: Path) -> None:
+    last, trained = load(updates(folder)[-1]), weights(folder / "alone" / "two")
+    assert last.keys() == trained.keys()
+    for name, tensor in trained.items():
+        scale = 2.0 if "lora_B" in name else 1.0  # lora_alpha 16 over lora_r 8
+        torch.testing.assert_close(last[name].float(), tensor.float() * scale, rtol=2**-8, atol=0)
 
 
 @pytest.mark.slow
