@@ -59,8 +59,8 @@ class Member:
     `incarnation` counts its processes: what is heard of an earlier one says nothing about this one. `kept`: the
     process is sound, only its weights are refused; it is not restarted, the next update is its next chance.
     `cause` is why it left the ready ones, `last_cause` what went wrong since, `doing` what its start is about.
-    `token_at`, of its newest token or of when it became ready, and `load_at` are on the monotonic clock. `changed` is set when something happened that its supervisor
-    should look at.
+    `token_at`, of its newest token or of when it became ready, and `load_at` are on the monotonic clock. `changed` is set
+    when something happened that its supervisor should look at.
     """
 
     worker: Worker

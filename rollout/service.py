@@ -169,8 +169,8 @@ class RolloutService:
 
     def health(self) -> tuple[bool, dict[str, Any]]:
         """Whether some worker generated a token lately and has the newest weights; and the same for people.
-        `status`: ok, degraded (some workers work, not all that have joined), loading, down, unverified (down until a learner brings weights
-        that pass the gate), stopping or failed; `cause` says why."""
+        `status`: ok, degraded (some workers work, not all that have joined), loading, down, unverified (down until a
+        learner brings weights that pass the gate), stopping or failed; `cause` says why."""
         status, cause = self._state, self._cause
         if self._state == "serving":
             joined = [m for m in self.fleet.members if m.state != "loading"]

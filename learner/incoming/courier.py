@@ -91,7 +91,8 @@ class Courier:
     `on_lost(cause)` when it looks for a lost service, `on_found(seconds, is_new)` when one answers.
 
     `evaluates_first`: the groups of an evaluation are asked for before anybody hears that their version is served, so that
-    they are not behind those of training in the service's queue. `generation` counts the processes of the service that this learner has brought its weights to.
+    they are not behind those of training in the service's queue. `generation` counts the processes of the service that
+    this learner has brought its weights to.
     """
 
     def __init__(
