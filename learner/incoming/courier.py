@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Protocol
 
 from torch import nn
@@ -51,7 +52,7 @@ class Publisher(Protocol):
     @property
     def version(self) -> int | None: ...
     def snapshot(self, model: nn.Module) -> Packed: ...
-    def send(self, packed: Packed) -> PublishTimes: ...
+    def send(self, packed: Packed, on_version: Callable[[int], None]) -> PublishTimes: ...
     def forget(self) -> None: ...
 
 
@@ -88,7 +89,8 @@ class Waits:
 
 class Courier:
     """Calls `on_served`, `on_back`, `on_evaluation` and, once, `on_error` from its thread; `on_idle` after each errand;
-    `on_lost(cause)` when it looks for a lost service, `on_found(seconds, is_new)` when one answers.
+    `on_version(step, version)` before the service hears of a version; `on_lost(cause)` when it looks for a lost service,
+    `on_found(seconds, is_new)` when one answers.
 
     `evaluates_first`: the groups of an evaluation are asked for before anybody hears that their version is served, so that
     they are not behind those of training in the service's queue. `generation` counts the processes of the service that
@@ -103,6 +105,7 @@ class Courier:
         session: str,
         waits: Waits,
         *,
+        on_version: Callable[[int, int], None],
         on_served: Callable[[Served], None],
         on_back: Callable[[], None],
         on_idle: Callable[[], None],
@@ -115,6 +118,7 @@ class Courier:
     ):
         self._client, self._publisher, self._evaluator, self._session = client, publisher, evaluator, session
         self._evaluates_first = evaluates_first
+        self._on_version = on_version
         self._waits, self._on_served, self._on_back, self._on_idle = waits, on_served, on_back, on_idle
         self._on_error, self._on_evaluation, self._on_wait = on_error, on_evaluation, on_wait
         self._on_lost, self._on_found = on_lost, on_found
@@ -180,7 +184,7 @@ class Courier:
             try:
                 if self._client.instance() != self._instance:
                     raise ServiceUnavailable("the rollout service was started anew")
-                times = self._publisher.send(packed)
+                times = self._publisher.send(packed, partial(self._on_version, step))
                 break
             except ServiceUnavailable as error:
                 if attempt == _ATTEMPTS - 1:

@@ -90,6 +90,7 @@ class Feed:
         self._flights: dict[str, _Flight] = {}
         self._ready: dict[int, Arrived] = {}
         self._policy_of: dict[int, int] = {}
+        """By version that was sent, the step of its policy"""
         self._sent_step, self._is_recovering = -1, False
         self._events, self._tally = 0, Tally()
         self._held_since: dict[tuple[int, int], float] = {}
@@ -98,8 +99,8 @@ class Feed:
         self._error: BaseException | None = None
         self._is_closed = False
         self._courier = Courier(
-            client, publisher, evaluator, session, waits, on_served=self._served, on_back=self._back,
-            on_idle=self._happened, on_error=self._failed, on_evaluation=on_evaluation, on_wait=on_wait,
+            client, publisher, evaluator, session, waits, on_version=self._sends, on_served=self._served,
+            on_back=self._back, on_idle=self._happened, on_error=self._failed, on_evaluation=on_evaluation, on_wait=on_wait,
             evaluates_first=ledger.rules.max_staleness > 0,
             on_lost=lambda cause: self._journal.service_lost(str(cause)), on_found=self._journal.service_back,
         )  # fmt: skip
@@ -305,7 +306,7 @@ class Feed:
         """The policy of the group's oldest token; None where that is none of ours, or too old in a synchronous run.
 
         Then its prompt comes again if the service was started anew and had not got our weights; else the run ends."""
-        policies = [self._policy(version) for episode in group.episodes for version in episode.weight_versions]
+        policies = [self._policy_of.get(version) for episode in group.episodes for version in episode.weight_versions]
         known = [policy for policy in policies if policy is not None]
         oldest = min(known, default=self._ledger.served or 0)
         if len(known) == len(policies) and (self._ledger.rules.max_staleness or oldest == self._ledger.step):
@@ -320,12 +321,6 @@ class Feed:
             f"worker {group.worker} sampled {group.key} with weight versions {versions}, but {self._publisher.version} was "
             "published. Is another learner using this service?"
         )
-
-    def _policy(self, version: int) -> int | None:
-        """The step whose policy has `version`; one that is just being committed shows in tokens first."""
-        if self._courier.doing == "publishing" and version > max(self._policy_of, default=0):
-            return self._sent_step
-        return self._policy_of.get(version)
 
     def _put_back(self, flight: _Flight, cause: ServiceError) -> None:
         if flight.attempt >= self._ledger.rules.max_requeues + _MORE_ATTEMPTS:
@@ -342,9 +337,13 @@ class Feed:
 
     # --- the courier's thread -------------------------------------------------------------------------------------
 
+    def _sends(self, step: int, version: int) -> None:
+        """The policy of `step` is about to be sent as `version`, which may show in tokens before the commit is answered."""
+        with self._changed:
+            self._policy_of[version] = step
+
     def _served(self, served: Served) -> None:
         with self._changed:
-            self._policy_of[served.version] = served.step
             kept = served.step - self._ledger.rules.max_staleness - 1
             self._policy_of = {version: step for version, step in self._policy_of.items() if step >= kept}
             self._tally.served = served

@@ -136,8 +136,8 @@ class Publisher:
         packed = pack(model, self._dtype, probe, self._lora_sync, self._buffers)
         return replace(packed, snapshot_s=time.perf_counter() - started)
 
-    def send(self, packed: Packed) -> PublishTimes:
-        """The service serves these weights when this returns.
+    def send(self, packed: Packed, on_version: Callable[[int], None] = lambda version: None) -> PublishTimes:
+        """The service serves these weights when this returns; `on_version` hears their version before the service does.
 
         Weights that were committed last keep their version where the service has an older one: a service that was
         started anew gets them back. Raises ServiceUnavailable, WeightSyncError (also ParityError) or DeadlineExceeded;
@@ -146,6 +146,7 @@ class Publisher:
         with self._turn:
             started, service = time.perf_counter(), self._service
             version = self._next_version(packed, service)
+            on_version(version)
             try:
                 manifest, times, changed = self._transmit(packed, version, service)
             except BaseException:  # whatever it was, what was asked for may have happened all the same

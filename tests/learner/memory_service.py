@@ -202,22 +202,26 @@ class Client:
 
 
 class Publisher:
-    """`may_send` is waited for before each commit."""
+    """`may_send` is waited for before each commit, `may_answer` after it."""
 
     def __init__(self, client: Client):
         self._client, self._full = client, True
         self.version: int | None = None
         self.may_send = threading.Event()
+        self.may_answer = threading.Event()
         self.may_send.set()
+        self.may_answer.set()
 
     def snapshot(self, model: nn.Module) -> Packed:
         assert isinstance(model, Policy)
         return Packed(memoryview(str(model.steps.item()).encode()), (), 1)
 
-    def send(self, packed: Packed) -> PublishTimes:
+    def send(self, packed: Packed, on_version: Callable[[int], None]) -> PublishTimes:
         assert self.may_send.wait(60)
         version = max(self.version or 0, self._client._service.version) + 1
+        on_version(version)
         self._client.commit(version, float(bytes(packed.payload)), self._full)
+        assert self.may_answer.wait(60)
         self.version, self._full = version, False
         return PublishTimes(0.02, 0.01, 0.005, 8, 0.5)
 

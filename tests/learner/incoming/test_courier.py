@@ -34,10 +34,10 @@ class Service:
 
 def test_how_busy_the_workers_were_is_told_only_when_they_were_asked_anew():
     service, served = Service(), queue.SimpleQueue[Served]()
-    publisher = SimpleNamespace(version=1, send=lambda packed: None)
+    publisher = SimpleNamespace(version=1, send=lambda packed, on_version: None)
     courier = Courier(
-        service, publisher, None, "s", Waits(1, 1), on_served=served.put, on_back=lambda: None, on_idle=lambda: None,
-        on_error=lambda error: None, on_evaluation=lambda evaluation, packed: None, on_wait=lambda line: None,
+        service, publisher, None, "s", Waits(1, 1), on_version=lambda step, version: None, on_served=served.put,
+        on_back=lambda: None, on_idle=lambda: None, on_error=lambda error: None, on_evaluation=lambda evaluation, packed: None, on_wait=lambda line: None,
     )  # fmt: skip
 
     def busy(asked_s_ago: float, busy_s: float) -> float:

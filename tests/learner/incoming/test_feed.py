@@ -133,6 +133,7 @@ def learner(
         yield run
     finally:
         publisher.may_send.set()
+        publisher.may_answer.set()
         feed.close()
 
 
@@ -304,6 +305,22 @@ def test_tokens_of_versions_that_nobody_published_end_the_run(staleness: int):
         with pytest.raises(
             ServiceError, match=r"worker-0 sampled s/0\.0 with weight versions \(9,\), but 1 was published"
         ):
+            step()
+
+
+def test_a_version_shows_in_tokens_before_its_commit_is_answered_and_another_that_nobody_sent_ends_the_run():
+    service = Service()
+    with learner(service, max_staleness=1) as run:
+        step = run.in_background()
+        service.finish("0.0", "1.0")
+        step()
+        run.publisher.may_answer.clear()
+        step = run.in_background()
+        service.wait_for(lambda: service.version == 2)
+        service.finish("2.0", versions=[1, 2])
+        service.finish("3.0", versions=[2, 9])
+        run.publisher.may_answer.set()
+        with pytest.raises(ServiceError, match=r"sampled s/3\.0 with weight versions \(2, 9\)"):
             step()
 
 
