@@ -1,4 +1,5 @@
-"""The endpoint through which agents that speak the OpenAI API are trained: one server on loopback, a key per episode.
+"""The endpoint through which agents that speak the OpenAI API are trained: one server on loopback, an address on it
+and a key per episode.
 
     agent --HTTP, its key--> Endpoint --> Rollout.reply / generate of that episode --> the same tape as native functions
 
@@ -9,6 +10,7 @@ Here: keys, requests, deadlines, errors. Not here: the shapes (`openai_shapes`, 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import secrets
@@ -57,14 +59,15 @@ class Endpoint:
     def __init__(self, model: str):
         self._model = model
         self._episodes: dict[str, _Episode] = {}
+        """By key"""
+        self._numbers = itertools.count(1)
         self._stack = AsyncExitStack()
-        self._base_url = ""
+        self._url = ""
 
     async def start(self) -> None:
         """Listen on a free port of loopback; the process's HTTP clients are told to use no proxy for it."""
         _bypass_proxies()
-        url = await self._stack.enter_async_context(serving(self._app(), bind(_HOST, 0)))
-        self._base_url = f"{url}/v1"
+        self._url = await self._stack.enter_async_context(serving(self._app(), bind(_HOST, 0)))
 
     async def close(self) -> None:
         """Cancel what is running and stop listening."""
@@ -73,14 +76,14 @@ class Endpoint:
         await self._stack.aclose()
 
     def register(self, ctx: Rollout) -> OpenAIEndpoint:
-        """A key for the agent of `ctx`; the same one when asked again."""
-        if not self._base_url:
+        """An address and a key for the agent of `ctx`; the same when asked again."""
+        if not self._url:
             raise RuntimeError("the endpoint is not started")
         key = next((key for key, episode in self._episodes.items() if episode.ctx is ctx), None)
         if key is None:
             key = f"rlx-{secrets.token_urlsafe(24)}"
-            self._episodes[key] = _Episode(ctx)
-        return OpenAIEndpoint(self._base_url, key)
+            self._episodes[key] = _Episode(ctx, next(self._numbers))
+        return OpenAIEndpoint(f"{self._url}/{self._episodes[key].number}/v1", key)
 
     def unregister(self, ctx: Rollout) -> None:
         """The episode has ended: its requests are cancelled, its key is worth nothing from now on."""
@@ -90,9 +93,9 @@ class Endpoint:
     def _app(self) -> FastAPI:
         app = FastAPI(title="rlx episode endpoint", docs_url=None, redoc_url=None, openapi_url=None)
         for path, job in (("chat/completions", _chat), ("completions", _text), ("responses", _responses)):
-            app.add_route(f"/v1/{path}", self._route(job), methods=["POST"])
-        app.add_route("/v1/models", self._models, methods=["GET"])
-        app.add_route("/v1/models/{model:path}", self._one_model, methods=["GET"])
+            app.add_route(f"/{{number:int}}/v1/{path}", self._route(job), methods=["POST"])
+        app.add_route("/{number:int}/v1/models", self._models, methods=["GET"])
+        app.add_route("/{number:int}/v1/models/{model:path}", self._one_model, methods=["GET"])
         app.add_exception_handler(HTTPException, _answer_http_error)
         app.add_exception_handler(Refused, _answer_refused)
         app.add_exception_handler(ClientDisconnect, _answer_nobody)
@@ -101,7 +104,7 @@ class Endpoint:
     def _episode(self, request: Request) -> _Episode:
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
         episode = self._episodes.get(key.strip()) if scheme.lower() == "bearer" else None
-        if episode is None:
+        if episode is None or episode.number != request.path_params["number"]:
             raise _no_episode()
         return episode
 
@@ -125,10 +128,10 @@ class Endpoint:
 
 
 class _Episode:
-    """One key: its rollout, and the requests that run."""
+    """One address and key: their rollout, and the requests that run."""
 
-    def __init__(self, ctx: Rollout):
-        self.ctx = ctx
+    def __init__(self, ctx: Rollout, number: int):
+        self.ctx, self.number = ctx, number
         self.texts = shapes.TextPrompts(ctx.chat.tokenizer)
         self.conversations: dict[str, list[Json]] = {}
         """Of /v1/responses, by the id of the response that they end with."""
@@ -284,7 +287,9 @@ async def _body(request: Request) -> Any:
 
 def _no_episode() -> Refused:
     return Refused(
-        "the key belongs to no running episode: it is wrong, or the episode has ended", 401, "invalid_api_key"
+        "the key belongs to no running episode at this address: one of them is wrong, or the episode has ended",
+        401,
+        "invalid_api_key",
     )
 
 

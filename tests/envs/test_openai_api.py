@@ -622,6 +622,34 @@ async def test_a_wrong_key_opens_nothing(stage: Stage) -> None:
     assert (episode.error, len(policy.sampled)) == ("", 1)
 
 
+async def test_each_episode_has_an_address_and_a_key_and_they_open_only_together(stage: Stage) -> None:
+    seen: list[OpenAIEndpoint] = []
+    both, over = asyncio.Event(), asyncio.Barrier(2)
+
+    async def agent(at: OpenAIEndpoint) -> None:
+        seen.append(at)
+        if len(seen) == 2:
+            both.set()
+        await both.wait()
+        other = next(e for e in seen if e != at)
+        mixed = AsyncOpenAI(base_url=other.base_url, api_key=at.api_key)
+        with pytest.raises(openai.AuthenticationError, match="no running episode at this address"):
+            await mixed.chat.completions.create(model="any", messages=QUESTION)
+        await ask(at)
+        await over.wait()
+
+    async def function(ctx: Rollout) -> float:
+        at = ctx.openai
+        await agent(at)
+        assert ctx.openai == at, "the same when asked again"
+        return 1.0
+
+    episodes, policy = await stage.group(function, in_turn("4", "5"), n=2)
+    assert [episode.error for episode in episodes] == ["", ""]
+    assert len({at.base_url for at in seen}) == len({at.api_key for at in seen}) == 2
+    assert len(policy.sampled) == 2
+
+
 # --- ends
 
 
