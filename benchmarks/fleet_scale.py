@@ -31,9 +31,10 @@ from rlx.config.sections import AsyncSection, ServiceSection
 from rlx.envs.single_turn import SingleTurn
 from rlx.rollout.engine_worker import EngineWorker
 from rlx.rollout.gateway import quiet_collector
+from rlx.rollout.manifest import WeightManifest
 from rlx.rollout.service import RolloutService
 from rlx.rollout.worker import Taken
-from rlx.wire import Completion, GroupRequest, Sampling, WeightManifest
+from rlx.wire import Completion, GroupRequest, Sampling
 
 SIZES = (8, 64, 256, 1024, 4096)
 GENERATIONS, TOKENS, GROUPS_EACH = 8, 16, 8

@@ -30,11 +30,12 @@ from service import print_versions
 
 from rlx.config.sections import ServiceSection
 from rlx.envs.single_turn import SingleTurn
+from rlx.frame import CONTENT_TYPE
 from rlx.rollout.app import create_app
 from rlx.rollout.engine_worker import EngineWorker
 from rlx.rollout.gateway import quiet_collector, serving
 from rlx.rollout.service import RolloutService
-from rlx.wire import CONTENT_TYPE, GroupRequest, Sampling
+from rlx.wire import GroupRequest, Sampling
 
 SERVICE_S, WORKERS, TOKENS, GENERATIONS = 0.05, 8, 16, 1
 CONCURRENT = (1, 10, 100, 300, 1000)

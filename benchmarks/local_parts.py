@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 
 from rlx.episode import Episode
-from rlx.rollout.manifest import fingerprint
+from rlx.rollout.manifest import WeightManifest, fingerprint
 from rlx.rollout.worker import EngineLoad, Taken
-from rlx.wire import Completion, GroupRequest, RewardOutcome, Sampling, WeightManifest
+from rlx.wire import Completion, GroupRequest, RewardOutcome, Sampling
 
 BENCHMARKS = Path(__file__).parent
 

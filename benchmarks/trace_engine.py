@@ -21,9 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from rlx.rollout.manifest import fingerprint
+from rlx.rollout.manifest import WeightManifest, fingerprint
 from rlx.rollout.worker import EngineLoad, Taken
-from rlx.wire import Completion, Sampling, WeightManifest
+from rlx.wire import Completion, Sampling
 
 FIRST_TICKET = 16
 """Token id of prompt 0: the largest id in a prompt says which prompt it is."""

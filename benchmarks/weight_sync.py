@@ -38,10 +38,9 @@ from rlx.rollout.app import create_app
 from rlx.rollout.client import ClientTimeouts, RolloutClient
 from rlx.rollout.engine_worker import EngineWorker
 from rlx.rollout.gateway import serving
-from rlx.rollout.manifest import fingerprint
+from rlx.rollout.manifest import WeightManifest, fingerprint
 from rlx.rollout.service import RolloutService
 from rlx.rollout.worker import Taken
-from rlx.wire import WeightManifest
 
 APPLY_GB_S = 1.0
 """How fast the sleeping workers apply: what vLLM reaches on a CPU."""

@@ -19,8 +19,9 @@ from rlx.cluster.reservation import Reservation
 from rlx.cluster.rollout_actor import Place, RolloutActor
 from rlx.errors import DeadlineExceeded, ServiceUnavailable
 from rlx.rollout.engine import Engine
+from rlx.rollout.manifest import WeightManifest
 from rlx.rollout.worker import NoDevices, Taken, WorkerStatus
-from rlx.wire import Completion, Sampling, WeightManifest
+from rlx.wire import Completion, Sampling
 
 if TYPE_CHECKING:
     from rlx.cluster.direct import DirectSettings

@@ -22,8 +22,8 @@ from rlx.processes import alive, start_of, write_output_to
 from rlx.rollout.engine import Engine
 from rlx.rollout.engine_worker import EngineWorker
 from rlx.rollout.gateway import quiet_collector
+from rlx.rollout.manifest import WeightManifest
 from rlx.rollout.worker import Taken, WorkerStatus
-from rlx.wire import WeightManifest
 
 if TYPE_CHECKING:
     from rlx.cluster.direct import DirectEndpoint, DirectSettings

@@ -7,7 +7,7 @@
     ├── ModelError (RuntimeError)        a model cannot be found or loaded
     ├── ServiceError (RuntimeError)      the rollout service refused or failed
     │   ├── ServiceUnavailable           nobody answers, or a worker is down
-    │   ├── WireError (ValueError)       bytes that are not in the wire format (in `rlx.wire`)
+    │   ├── WireError (ValueError)       bytes or JSON that are not of the form that was expected
     │   ├── RequestRefused               a request that cannot be carried out as things are
     │   ├── RequestTooLong               a request beyond the model's context length
     │   ├── GroupCancelled               the learner took a group back
@@ -57,6 +57,10 @@ class ServiceError(RlxError, RuntimeError):
 
 class ServiceUnavailable(ServiceError):
     """Nobody answers at the service's address, or one of its workers is down."""
+
+
+class WireError(ServiceError, ValueError):
+    """Bytes or JSON that are not of the form that was expected."""
 
 
 class RequestRefused(ServiceError):

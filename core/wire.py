@@ -1,84 +1,25 @@
-"""What crosses the network between learner and service, and its binary form.
+"""What crosses the network between learner and service: requests for groups of episodes, and the scored groups.
 
-A frame is `b"RLX1"`, a little-endian uint32 header length, a JSON header, then raw blocks. The header lists each
-block as `[name, dtype, count]`; token ids are int32, log-probabilities and rewards float32, all little-endian, so
-that 1,000 tokens with their log-probabilities cost 8,000 bytes and no per-token Python object. `decode` gives
-views on the received bytes. JSON for people is the same objects through `to_json`.
+Between machines each is one binary frame (`rlx.frame`), through `encode` and `decode`; for people the same content is
+JSON, through `from_json` and `to_json`. What weight updates announce is in `rlx.rollout.manifest`.
 """
 
 from __future__ import annotations
 
-import json
 import operator
-import struct
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, field, fields
 from functools import cache
 from typing import Any, Literal, get_args
 
 import numpy as np
 
 from rlx.episode import Episode, Row, Status, StepReward
-from rlx.errors import ServiceError
+from rlx.errors import WireError
+from rlx.frame import decode_frame, encode_parts, reading
 from rlx.record import record
 
-CONTENT_TYPE = "application/x-rlx"
-_MAGIC = b"RLX1"
 _STATUSES = get_args(Status)
-_MALFORMED = (KeyError, TypeError, ValueError, OverflowError)
-_ENCODER = json.JSONEncoder(separators=(",", ":"))
-_DTYPES: dict[str, np.dtype[Any]] = {"i4": np.dtype("<i4"), "f4": np.dtype("<f4"), "u1": np.dtype("u1")}
-_CODES = {dtype: code for code, dtype in _DTYPES.items()}
-
-
-class WireError(ServiceError, ValueError):
-    """Bytes that are not a frame of this format."""
-
-
-def encode_frame(header: Mapping[str, Any], blocks: Mapping[str, np.ndarray]) -> bytes:
-    """One frame. `blocks` are one-dimensional arrays of int32, float32 or uint8."""
-    for name, array in blocks.items():
-        if array.dtype not in _CODES or array.ndim != 1:
-            raise WireError(
-                f"block {name!r}: one-dimensional int32, float32 or uint8 expected, got {array.dtype} {array.shape}"
-            )
-    return _frame(header, [(name, _CODES[array.dtype], [array]) for name, array in blocks.items()])
-
-
-def _frame(header: Mapping[str, Any], blocks: list[tuple[str, str, list[np.ndarray]]]) -> bytes:
-    """`blocks`: name, type, and the arrays that one after the other are its content."""
-    table, payload = [], []
-    for name, code, arrays in blocks:
-        dtype = _DTYPES[code]
-        table.append([name, code, sum([array.size for array in arrays])])
-        payload += [array.astype(dtype, copy=False).tobytes() for array in arrays]
-    head = _ENCODER.encode({**header, "blocks": table}).encode()
-    return b"".join([_MAGIC, struct.pack("<I", len(head)), head, *payload])
-
-
-def decode_frame(frame: bytes | memoryview) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Header and blocks of a frame; the arrays are read-only views on `frame`."""
-    view = memoryview(frame)
-    if len(view) < 8 or bytes(view[:4]) != _MAGIC:
-        raise WireError("not an rlx frame: it does not start with RLX1")
-    (head_size,) = struct.unpack("<I", view[4:8])
-    try:
-        header = json.loads(str(view[8 : 8 + head_size], "utf-8"))
-        table = [(str(name), str(code), operator.index(count)) for name, code, count in header.pop("blocks")]
-    except (*_MALFORMED, AttributeError, RecursionError) as error:
-        raise WireError(f"the header of the frame is not readable: {error}") from error
-    offset, blocks = 8 + head_size, {}
-    for name, code, count in table:
-        if code not in _DTYPES:
-            raise WireError(f"block {name!r} has the unknown type {code!r}")
-        size = _DTYPES[code].itemsize * count
-        if count < 0 or offset + size > len(view):
-            raise WireError(f"block {name!r} needs {size} bytes, the frame ends after {len(view) - offset}")
-        blocks[name] = np.frombuffer(view, _DTYPES[code], count, offset)
-        offset += size
-    if offset != len(view):
-        raise WireError(f"{len(view) - offset} bytes too many after the last block")
-    return header, blocks
 
 
 @record
@@ -139,7 +80,7 @@ class GroupRequest:
         head = {"kind": "group_request", "key": self.key, "prompt": self.prompt, "n": self.num_generations,
                 "sampling": vars(self.sampling), "columns": dict(self.columns), "step": self.step,
                 "deadline_s": self.deadline_s, "seed": self.seed}  # fmt: skip
-        return _frame(head, [("prompt_ids", "i4", [self.prompt_ids])])
+        return encode_parts(head, [("prompt_ids", "i4", [self.prompt_ids])])
 
     @staticmethod
     def decode(frame: bytes | memoryview) -> GroupRequest:
@@ -149,7 +90,7 @@ class GroupRequest:
     @staticmethod
     def from_json(body: Mapping[str, Any]) -> GroupRequest:
         """From the JSON form: `key, prompt, prompt_ids, n, sampling{...}, columns, step, deadline_s`."""
-        try:
+        with reading("group request"):
             sampling = dict(body["sampling"])
             sampling["stop"] = tuple(sampling.get("stop") or ())
             return GroupRequest(
@@ -163,8 +104,6 @@ class GroupRequest:
                 deadline_s=float(body.get("deadline_s", 600.0)),
                 seed=int(body.get("seed", 0)),
             )
-        except _MALFORMED as error:
-            raise WireError(f"not a group request: {_said(error)}") from error
 
 
 Outcome = Literal["ok", "exception", "timeout", "crash", "invalid"]
@@ -229,7 +168,7 @@ class GroupResult:
             "episodes": [_episode_head(episode) for episode in self.episodes],
             "rewards": [_without_defaults(r, hidden=("values",)) for r in self.rewards],
         }
-        return _frame(
+        return encode_parts(
             head,
             [
                 ("ids", "i4", [row.ids for row in rows]),
@@ -242,10 +181,8 @@ class GroupResult:
     @staticmethod
     def decode(frame: bytes | memoryview) -> GroupResult:
         head, blocks = decode_frame(frame)
-        try:
+        with reading("group result"):
             return GroupResult._assemble(head, blocks)
-        except _MALFORMED as error:
-            raise WireError(f"not a group result: {_said(error)}") from error
 
     @staticmethod
     def _assemble(head: Mapping[str, Any], blocks: Mapping[str, np.ndarray]) -> GroupResult:
@@ -358,97 +295,3 @@ def _episode(head: dict[str, Any], cursor: _Cursor) -> Episode:
     if head.get("status", "ok") not in _STATUSES:
         raise WireError(f"an episode has the unknown status {head['status']!r}")
     return Episode(rows=tuple(rows), step_rewards=steps, turn_times=turns, **head)
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """Name, dtype (safetensors code such as BF16) and shape of one parameter, in the Hugging Face naming."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Offer:
-    """The bytes of an update in a file in memory that process `pid` of this machine has open as `fd`."""
-
-    pid: int
-    fd: int
-    name: str
-
-    @classmethod
-    def from_json(cls, body: Any) -> Offer:
-        try:
-            return cls(int(body["pid"]), int(body["fd"]), str(body["name"]))
-        except (TypeError, KeyError, ValueError) as error:
-            raise WireError(f"not an offer of weights: {body!r:.100}") from error
-
-
-@dataclass(frozen=True)
-class Probe:
-    """Fixed token sequences with the learner's log-probabilities at temperature 1 under the weights of an update:
-    `ids[i]` has T_i tokens, `logprobs[i]` the T_i - 1 log-probabilities of all but the first."""
-
-    ids: tuple[tuple[int, ...], ...]
-    logprobs: tuple[tuple[float, ...], ...]
-
-
-@dataclass(frozen=True)
-class WeightManifest:
-    """What a weight update will bring. `fingerprint` is the xxh3-128 hex digest of the `nbytes` safetensors bytes.
-
-    With `base_fingerprint` only the difference to the update of that fingerprint travels (`rollout/delta.py`), as
-    `transfer_nbytes` bytes; size and fingerprint are still those of the whole. `probe` is what a worker's
-    log-probabilities are compared with; with `gate` no worker serves these weights before it passed.
-    """
-
-    version: int
-    nbytes: int
-    fingerprint: str
-    tensors: tuple[TensorSpec, ...]
-    base_fingerprint: str | None = None
-    transfer_nbytes: int | None = None
-    probe: Probe | None = None
-    gate: bool = False
-
-    @property
-    def travels(self) -> int:
-        """Bytes that the learner sends."""
-        return self.nbytes if self.transfer_nbytes is None else self.transfer_nbytes
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @staticmethod
-    def from_json(body: Mapping[str, Any]) -> WeightManifest:
-        try:
-            tensors = tuple(TensorSpec(t["name"], t["dtype"], tuple(t["shape"])) for t in body["tensors"])
-            base, transfer, probe = body.get("base_fingerprint"), body.get("transfer_nbytes"), body.get("probe")
-            return WeightManifest(
-                version=int(body["version"]),
-                nbytes=int(body["nbytes"]),
-                fingerprint=str(body["fingerprint"]),
-                tensors=tensors,
-                base_fingerprint=None if base is None else str(base),
-                transfer_nbytes=None if transfer is None else int(transfer),
-                probe=None if probe is None else _probe(probe),
-                gate=bool(body.get("gate", False)),
-            )
-        except _MALFORMED as error:
-            raise WireError(f"not a weight manifest: {_said(error)}") from error
-
-
-def _probe(body: Mapping[str, Any]) -> Probe:
-    ids = tuple(tuple(operator.index(i) for i in sequence) for sequence in body["ids"])
-    logprobs = tuple(tuple(float(x) for x in sequence) for sequence in body["logprobs"])
-    if [len(i) - 1 for i in ids] != [len(x) for x in logprobs] or not ids or min(map(len, ids)) < 2:
-        raise ValueError("a probe needs sequences of two tokens or more, with one log-probability less each")
-    return Probe(ids, logprobs)
-
-
-def _said(error: Exception) -> str:
-    """What is wrong with a body, for whoever wrote it by hand."""
-    if isinstance(error, KeyError):
-        return f"the field {error.args[0]!r} is missing"
-    return f"{type(error).__name__}: {error}"

@@ -21,6 +21,8 @@ import numpy as np
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
 
+from rlx.errors import WireError
+from rlx.frame import CONTENT_TYPE, decode_frame, encode_frame
 from rlx.rollout.group_app import GroupApp
 from rlx.rollout.http_bodies import (
     field,
@@ -32,11 +34,11 @@ from rlx.rollout.http_bodies import (
     wanted,
     with_token,
 )
+from rlx.rollout.manifest import Offer, WeightManifest
 from rlx.rollout.metrics import exposition
 from rlx.rollout.observations import MAX_OBSERVATIONS_BYTES
 from rlx.rollout.service import RolloutService
 from rlx.view.app import view_router
-from rlx.wire import CONTENT_TYPE, Offer, WeightManifest, WireError, decode_frame, encode_frame
 
 
 def create_app(service: RolloutService, token: str | None, require_token_for_data: bool) -> FastAPI:

@@ -23,10 +23,12 @@ import aiohttp
 import numpy as np
 
 from rlx.errors import ServiceError, ServiceUnavailable
+from rlx.frame import CONTENT_TYPE, decode_frame, encode_frame
 from rlx.rollout.deadline import deadline
 from rlx.rollout.direct_client import DirectRollouts
 from rlx.rollout.http_errors import SESSION_HEADER, raise_answer
-from rlx.wire import CONTENT_TYPE, GroupRequest, GroupResult, Offer, WeightManifest, decode_frame, encode_frame
+from rlx.rollout.manifest import Offer, WeightManifest
+from rlx.wire import GroupRequest, GroupResult
 
 T = TypeVar("T")
 MAX_IN_FLIGHT = 256

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from fastapi import Depends, FastAPI, Request, Response
 
+from rlx.errors import WireError
 from rlx.rollout.direct import Leases, WorkerGroups
 from rlx.rollout.group_app import GroupApp
 from rlx.rollout.http_bodies import (
@@ -19,7 +20,7 @@ from rlx.rollout.http_bodies import (
     read_body,
     with_token,
 )
-from rlx.wire import GroupRequest, Sampling, WireError
+from rlx.wire import GroupRequest, Sampling
 
 
 def worker_app(groups: WorkerGroups, token: str | None, require_token: bool) -> FastAPI:

@@ -8,8 +8,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from rlx.rollout.manifest import WeightManifest
 from rlx.rollout.worker import EngineLoad, Taken
-from rlx.wire import Completion, Sampling, WeightManifest
+from rlx.wire import Completion, Sampling
 
 
 class Engine(Protocol):

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from rlx.rollout.engine import Engine
+from rlx.rollout.manifest import WeightManifest
 from rlx.rollout.worker import Taken, WorkerStatus
-from rlx.wire import Completion, Sampling, WeightManifest
+from rlx.wire import Completion, Sampling
 
 
 class EngineWorker:

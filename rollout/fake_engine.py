@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 
 from rlx.errors import RequestTooLong, ServiceUnavailable, WeightSyncError
-from rlx.rollout.manifest import check_adapter, check_file, check_manifest, fingerprint
+from rlx.rollout.manifest import TensorSpec, WeightManifest, check_adapter, check_file, check_manifest, fingerprint
 from rlx.rollout.worker import EngineLoad, Taken
-from rlx.wire import Completion, Sampling, TensorSpec, WeightManifest
+from rlx.wire import Completion, Sampling
 
 END = 0
 """The token that ends a sequence."""

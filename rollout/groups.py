@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import xxhash
 
-from rlx.errors import GroupCancelled, ServiceError, ServiceUnavailable, SessionReplaced
-from rlx.wire import GroupRequest, GroupResult, WireError
+from rlx.errors import GroupCancelled, ServiceError, ServiceUnavailable, SessionReplaced, WireError
+from rlx.wire import GroupRequest, GroupResult
 
 KEPT_CANCELLED = 16384
 """Cancelled keys that are remembered."""

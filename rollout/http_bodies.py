@@ -14,10 +14,11 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from rlx.errors import RlxError, ServiceUnavailable
+from rlx.errors import RlxError, ServiceUnavailable, WireError
+from rlx.frame import CONTENT_TYPE
 from rlx.rollout.auth import Unauthorized, check_bearer
 from rlx.rollout.http_errors import SESSION_HEADER, BodyTooLarge, UnsupportedBody, error_body, status_of
-from rlx.wire import CONTENT_TYPE, GroupRequest, GroupResult, WireError
+from rlx.wire import GroupRequest, GroupResult
 
 MAX_BODY_BYTES = 64 * 2**20
 _JSON = "application/json"

@@ -23,10 +23,10 @@ from rlx.errors import (
     UserCodeError,
     WeightBaseMismatch,
     WeightSyncError,
+    WireError,
 )
 from rlx.rollout.auth import Unauthorized
 from rlx.rollout.groups import KeyConflict
-from rlx.wire import WireError
 
 SESSION_HEADER = "rlx-session"
 """Names the learner's session in its requests."""

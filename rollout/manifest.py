@@ -1,23 +1,116 @@
-"""What a weight update may contain: the tensors of a checkpoint, and the check of an announcement against them."""
+"""What the learner announces before a weight update, and the checks of it.
+
+The announcement is a `WeightManifest`, as JSON: the tensors that the bytes will hold, their fingerprint, and the
+log-probabilities that a worker is compared by. It is checked against the checkpoint of the service, and the file that
+then comes against the announcement.
+"""
 
 from __future__ import annotations
 
 import json
+import operator
 import re
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
-from rlx.errors import ModelError, WeightSyncError
-from rlx.wire import TensorSpec, WeightManifest
+from rlx.errors import ModelError, WeightSyncError, WireError
+from rlx.frame import reading
 
 _LOADABLE = {"F32", "BF16", "F16"}
 _TIED_HEAD = "lm_head.weight"
 _SAME_YAML = "start the service from the YAML of the run (adapter, lora_sync, lora_r)"
 _OF_ADAPTER = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<half>[AB])\.weight")
 """PEFT's names"""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, dtype (safetensors code such as BF16) and shape of one parameter, in the Hugging Face naming."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Offer:
+    """The bytes of an update in a file in memory that process `pid` of this machine has open as `fd`."""
+
+    pid: int
+    fd: int
+    name: str
+
+    @classmethod
+    def from_json(cls, body: Any) -> Offer:
+        try:
+            return cls(int(body["pid"]), int(body["fd"]), str(body["name"]))
+        except (TypeError, KeyError, ValueError) as error:
+            raise WireError(f"not an offer of weights: {body!r:.100}") from error
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Fixed token sequences with the learner's log-probabilities at temperature 1 under the weights of an update:
+    `ids[i]` has T_i tokens, `logprobs[i]` the T_i - 1 log-probabilities of all but the first."""
+
+    ids: tuple[tuple[int, ...], ...]
+    logprobs: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
+class WeightManifest:
+    """What a weight update will bring. `fingerprint` is the xxh3-128 hex digest of the `nbytes` safetensors bytes.
+
+    With `base_fingerprint` only the difference to the update of that fingerprint travels (`rollout/delta.py`), as
+    `transfer_nbytes` bytes; size and fingerprint are still those of the whole. `probe` is what a worker's
+    log-probabilities are compared with; with `gate` no worker serves these weights before it passed.
+    """
+
+    version: int
+    nbytes: int
+    fingerprint: str
+    tensors: tuple[TensorSpec, ...]
+    base_fingerprint: str | None = None
+    transfer_nbytes: int | None = None
+    probe: Probe | None = None
+    gate: bool = False
+
+    @property
+    def travels(self) -> int:
+        """Bytes that the learner sends."""
+        return self.nbytes if self.transfer_nbytes is None else self.transfer_nbytes
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(body: Mapping[str, Any]) -> WeightManifest:
+        with reading("weight manifest"):
+            tensors = tuple(TensorSpec(t["name"], t["dtype"], tuple(t["shape"])) for t in body["tensors"])
+            base, transfer, probe = body.get("base_fingerprint"), body.get("transfer_nbytes"), body.get("probe")
+            return WeightManifest(
+                version=int(body["version"]),
+                nbytes=int(body["nbytes"]),
+                fingerprint=str(body["fingerprint"]),
+                tensors=tensors,
+                base_fingerprint=None if base is None else str(base),
+                transfer_nbytes=None if transfer is None else int(transfer),
+                probe=None if probe is None else _probe(probe),
+                gate=bool(body.get("gate", False)),
+            )
+
+
+def _probe(body: Mapping[str, Any]) -> Probe:
+    ids = tuple(tuple(operator.index(i) for i in sequence) for sequence in body["ids"])
+    logprobs = tuple(tuple(float(x) for x in sequence) for sequence in body["logprobs"])
+    if [len(i) - 1 for i in ids] != [len(x) for x in logprobs] or not ids or min(map(len, ids)) < 2:
+        raise ValueError("a probe needs sequences of two tokens or more, with one log-probability less each")
+    return Probe(ids, logprobs)
 
 
 def fingerprint(data: bytes | memoryview) -> str:

@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from rlx.errors import WireError
 from rlx.rollout.events import ServiceEvents
 from rlx.series import EVAL_REWARD, Reading, learner_readings
 from rlx.view.live import LiveRun
-from rlx.wire import WireError
 
 MAX_OBSERVATIONS_BYTES = 8 * 2**20
 _RECORDS = ("metrics", "samples", "evaluations", "events")

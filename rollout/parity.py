@@ -9,8 +9,8 @@ import numpy as np
 
 from rlx.errors import ParityError
 from rlx.rollout.deadline import answer_of
+from rlx.rollout.manifest import Probe
 from rlx.rollout.worker import Worker
-from rlx.wire import Probe
 
 UNLIKELY = 0.01
 """Probability, by the learner, below which a token of the probe does not count."""

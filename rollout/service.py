@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from rlx.config.sections import AsyncSection, ServiceSection
-from rlx.errors import RequestRefused, RequestTooLong, RlxError, ServiceError, ServiceUnavailable
+from rlx.errors import RequestRefused, RequestTooLong, RlxError, ServiceError, ServiceUnavailable, WireError
 from rlx.rollout.deadline import deadline
 from rlx.rollout.fleet import Fleet, Member
 from rlx.rollout.group_runner import EPISODES, REWARDS, GroupRunner
@@ -36,7 +36,7 @@ from rlx.rollout.weight_updates import WeightUpdates
 from rlx.rollout.weights_store import remove_leftovers
 from rlx.rollout.worker import Episodes, Scorer, Worker, WorkerStatus
 from rlx.view.live import LiveRun
-from rlx.wire import GroupRequest, GroupResult, WireError
+from rlx.wire import GroupRequest, GroupResult
 
 KEPT_GROUPS, KEPT_BYTES = 4096, 2**30
 CLOSE_TIMEOUT_S = 20.0

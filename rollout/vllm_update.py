@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from rlx.wire import WeightManifest
+from rlx.rollout.manifest import WeightManifest
 
 _FIRST_LOOK_S, _LAST_LOOK_S = 0.001, 0.01
 _TORCH_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}

@@ -27,8 +27,8 @@ from rlx.errors import (
 from rlx.rollout import parity
 from rlx.rollout.deadline import answer_of, deadline
 from rlx.rollout.fleet import Fleet, Member
+from rlx.rollout.manifest import Offer, WeightManifest
 from rlx.rollout.weights_store import WeightFile
-from rlx.wire import Offer, WeightManifest
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import xxhash
 
 from rlx.errors import WeightSyncError
 from rlx.rollout import delta
-from rlx.wire import Offer, WeightManifest
+from rlx.rollout.manifest import Offer, WeightManifest
 
 SHARED_MEMORY = Path("/dev/shm")
 _PREFIX = "rlx-weights-"

@@ -13,7 +13,8 @@ import numpy as np
 
 from rlx.episode import Episode
 from rlx.errors import ServiceUnavailable
-from rlx.wire import Completion, GroupRequest, RewardOutcome, Sampling, WeightManifest
+from rlx.rollout.manifest import WeightManifest
+from rlx.wire import Completion, GroupRequest, RewardOutcome, Sampling
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,13 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from rlx.config import Config, Plan
-from rlx.errors import ConfigError, DatasetError
+from rlx.errors import ConfigError, DatasetError, WireError
+from rlx.frame import decode_frame, encode_frame
 from rlx.learner.durable import write_atomically
 from rlx.learner.incoming.data import Prompt
 from rlx.learner.incoming.stream import Fetched, StepBatch, prompt_order
 from rlx.learner.policy.checkpoints import ResumePoint
-from rlx.wire import GroupResult, WireError, decode_frame, encode_frame
+from rlx.wire import GroupResult
 
 FOLDER = "rollouts"
 OPEN_BATCH = "generation_batch.rlx"

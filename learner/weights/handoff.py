@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from rlx.wire import Offer
+from rlx.rollout.manifest import Offer
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from rlx.wire import Probe
+from rlx.rollout.manifest import Probe
 
 SEQUENCES, LONGEST = 4, 64
 

@@ -30,8 +30,7 @@ from rlx.learner.weights.parity import ProbeIds, probe_logprobs
 from rlx.rollout import delta
 from rlx.rollout.client import PublishTimes as PhaseTimes
 from rlx.rollout.client import RolloutClient
-from rlx.rollout.manifest import fingerprint
-from rlx.wire import Offer, Probe, TensorSpec, WeightManifest
+from rlx.rollout.manifest import Offer, Probe, TensorSpec, WeightManifest, fingerprint
 
 LoraSync = Literal["adapter", "merged"]
 _CODES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}

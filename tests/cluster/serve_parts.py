@@ -24,9 +24,9 @@ from rlx.envs.single_turn import SingleTurn
 from rlx.rollout.client import PublishTimes, RolloutClient
 from rlx.rollout.fake_engine import FakeEngine
 from rlx.rollout.gateway import bind, serving
-from rlx.rollout.manifest import fingerprint
+from rlx.rollout.manifest import Probe, WeightManifest, fingerprint
 from rlx.rollout.service import RolloutService
-from rlx.wire import GroupRequest, GroupResult, Probe, Sampling, WeightManifest
+from rlx.wire import GroupRequest, GroupResult, Sampling
 
 TOKEN = "a-token-of-the-tests"
 PATIENCE_S = 60.0

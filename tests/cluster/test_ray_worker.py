@@ -13,8 +13,8 @@ from fakes import broken_engine, fake_engine, write_config
 from rlx.cluster.ray_runtime import RayRuntime
 from rlx.cluster.ray_worker import RayWorker, WeightParcel
 from rlx.errors import ModelError, ServiceError, ServiceUnavailable
-from rlx.rollout.manifest import fingerprint
-from rlx.wire import Sampling, WeightManifest
+from rlx.rollout.manifest import WeightManifest, fingerprint
+from rlx.wire import Sampling
 
 pytestmark = pytest.mark.slow
 

@@ -15,7 +15,7 @@ import time
 from rlx.cluster import watchdog
 from rlx.rollout.vllm_start import prepare_environment
 from rlx.rollout.weights_store import WeightFile
-from rlx.wire import WeightManifest
+from rlx.rollout.manifest import WeightManifest
 
 watchdog.guard()
 file = WeightFile(WeightManifest(1, 4, "", ()))

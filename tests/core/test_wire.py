@@ -14,18 +14,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from rlx.episode import Episode, Row, StepReward
-from rlx.wire import (
-    GroupRequest,
-    GroupResult,
-    GroupTimes,
-    RewardOutcome,
-    Sampling,
-    TensorSpec,
-    WeightManifest,
-    WireError,
-    decode_frame,
-    encode_frame,
-)
+from rlx.errors import WireError
+from rlx.frame import decode_frame, encode_frame
+from rlx.rollout.manifest import TensorSpec, WeightManifest
+from rlx.wire import GroupRequest, GroupResult, GroupTimes, RewardOutcome, Sampling
 
 FUZZ = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])  # machines are shared
 FINITE = st.floats(allow_nan=False, allow_infinity=False)

@@ -25,10 +25,10 @@ from rlx.envs.single_turn import SingleTurn
 from rlx.episode import Episode
 from rlx.rollout.app import create_app
 from rlx.rollout.gateway import bind, serving
-from rlx.rollout.manifest import fingerprint
+from rlx.rollout.manifest import WeightManifest, fingerprint
 from rlx.rollout.service import RolloutService
 from rlx.rollout.worker import Taken, WorkerStatus
-from rlx.wire import Completion, GroupRequest, RewardOutcome, Sampling, WeightManifest
+from rlx.wire import Completion, GroupRequest, RewardOutcome, Sampling
 
 TOKEN = "a-token-of-the-tests"
 EOS = 256

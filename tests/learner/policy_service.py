@@ -14,9 +14,9 @@ from safetensors.torch import load
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from rlx.rollout.manifest import fingerprint
+from rlx.rollout.manifest import WeightManifest, fingerprint
 from rlx.rollout.worker import Taken, WorkerStatus
-from rlx.wire import Completion, Sampling, WeightManifest
+from rlx.wire import Completion, Sampling
 
 WORDS = ("<pad>", "<end>", *"abcdefghij", "go")
 

@@ -18,9 +18,10 @@ from rlx.episode import Episode
 from rlx.errors import ServiceUnavailable, WeightSyncError
 from rlx.rollout.app import create_app
 from rlx.rollout.gateway import bind, serving
+from rlx.rollout.manifest import TensorSpec, WeightManifest
 from rlx.rollout.service import RolloutService
 from rlx.rollout.worker import Taken, WorkerStatus
-from rlx.wire import Completion, GroupRequest, RewardOutcome, Sampling, TensorSpec, WeightManifest
+from rlx.wire import Completion, GroupRequest, RewardOutcome, Sampling
 
 TOKEN = "a-token-of-the-tests"
 QUICK = ServiceSection(group_timeout=5, publish_timeout=2, probe_interval=0.1, probe_timeout=0.4, drain_timeout=1)

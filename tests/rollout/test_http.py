@@ -27,13 +27,14 @@ from service_parts import (
 )
 
 from rlx.errors import ConfigError, DeadlineExceeded, UserCodeError
+from rlx.frame import CONTENT_TYPE, decode_frame, encode_frame
 from rlx.rollout import http_bodies, weights_store
 from rlx.rollout.auth import service_token
 from rlx.rollout.engine_worker import EngineWorker
 from rlx.rollout.fake_engine import FakeEngine
 from rlx.rollout.gateway import bind, quiet_collector
 from rlx.rollout.group_app import GroupApp
-from rlx.wire import CONTENT_TYPE, GroupResult, Sampling, decode_frame, encode_frame
+from rlx.wire import GroupResult, Sampling
 
 FRAME = {"content-type": CONTENT_TYPE}
 BEARER = {"authorization": f"Bearer {TOKEN}"}

@@ -28,9 +28,10 @@ from rlx.errors import (
     ServiceError,
     ServiceUnavailable,
     UserCodeError,
+    WireError,
 )
 from rlx.rollout.groups import GroupStore, KeyConflict
-from rlx.wire import Completion, GroupResult, WireError
+from rlx.wire import Completion, GroupResult
 
 
 async def publish(service, version, data, sent=None):

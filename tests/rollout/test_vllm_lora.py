@@ -21,7 +21,8 @@ from rlx.errors import WeightSyncError
 from rlx.learner.policy.adapters import with_adapter, without_adapter
 from rlx.learner.policy.model import load_model
 from rlx.learner.weights.publish import Packed, pack
-from rlx.wire import Sampling, WeightManifest
+from rlx.rollout.manifest import WeightManifest
+from rlx.wire import Sampling
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.vllm, pytest.mark.slow]
 

@@ -9,7 +9,7 @@ import pytest
 
 from rlx.errors import ParityError
 from rlx.rollout import parity
-from rlx.wire import Probe
+from rlx.rollout.manifest import Probe
 
 LIKELY, UNLIKELY = math.log(0.5), math.log(0.001)
 

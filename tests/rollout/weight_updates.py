@@ -8,8 +8,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from rlx.rollout.manifest import checkpoint_specs, fingerprint, read_layout
-from rlx.wire import WeightManifest
+from rlx.rollout.manifest import WeightManifest, checkpoint_specs, fingerprint, read_layout
 
 PROMPT = np.arange(5, 69, dtype=np.int32)
 

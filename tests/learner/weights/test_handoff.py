@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 from rlx.learner.weights.handoff import Buffers, buffers_for
 from rlx.learner.weights.publish import Publisher
 from rlx.rollout.client import RolloutClient
+from rlx.rollout.manifest import Offer, WeightManifest
 from rlx.rollout.weights_store import WeightFile
-from rlx.wire import Offer, WeightManifest
 
 
 def tiny(folder: Path) -> torch.nn.Module:

@@ -11,7 +11,7 @@ from tiny_models import make_tiny_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rlx.learner.weights.parity import make_probe, probe_logprobs
-from rlx.wire import WeightManifest
+from rlx.rollout.manifest import WeightManifest
 
 
 @pytest.fixture(scope="module")

@@ -22,8 +22,7 @@ from rlx.errors import ServiceUnavailable, WeightBaseMismatch, WeightSyncError
 from rlx.learner.weights.publish import Publisher, pack
 from rlx.rollout import delta
 from rlx.rollout.client import PublishTimes, RolloutClient
-from rlx.rollout.manifest import checkpoint_specs, fingerprint, read_layout
-from rlx.wire import WeightManifest
+from rlx.rollout.manifest import WeightManifest, checkpoint_specs, fingerprint, read_layout
 
 
 def tiny(folder: Path, tie: bool) -> PreTrainedModel:
