@@ -25,9 +25,10 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from rlx.config import Config
-from rlx.learner.microbatches.batching import Sample, collate, split
+from rlx.learner.microbatches.batching import Sample, collate
 from rlx.learner.microbatches.forward import prepare
 from rlx.learner.microbatches.logprobs import completion_logprobs
+from rlx.learner.microbatches.splitting import split
 from rlx.learner.objective.losses import LossOptions, policy_loss, token_weights
 
 SHAPES = {

@@ -31,9 +31,10 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from rlx.config import Config
-from rlx.learner.microbatches.batching import Sample, collate, num_tokens, split
+from rlx.learner.microbatches.batching import Sample, collate
 from rlx.learner.microbatches.forward import prepare
 from rlx.learner.microbatches.logprobs import completion_logprobs
+from rlx.learner.microbatches.splitting import num_tokens, split
 from rlx.learner.objective.losses import LossOptions, policy_loss, token_weights
 
 Step = Callable[[], tuple[float, int]]

@@ -28,8 +28,9 @@ from torch import Tensor
 from rlx.config import Config, Plan
 from rlx.episode import Episode, Row
 from rlx.learner.incoming.data import Prompt
-from rlx.learner.microbatches.batching import PADDED, Layout, MicroBatch, Sample, collate, split
+from rlx.learner.microbatches.batching import PADDED, Layout, MicroBatch, Sample, collate
 from rlx.learner.microbatches.row_logprobs import RowLogprobs
+from rlx.learner.microbatches.splitting import split
 from rlx.learner.objective.advantages import AdvantageOptions, Advantages, group_advantages, weighted_rewards
 from rlx.learner.objective.losses import token_weights
 from rlx.learner.ranks import Ranks

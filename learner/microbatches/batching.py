@@ -1,18 +1,17 @@
-"""One optimizer step's samples, cut into micro-batches for every rank, and a micro-batch as tensors.
+"""Training rows as the tensors of a micro-batch, padded or packed.
 
 Shapes: B sequences, S tokens of the longest prompt plus completion, P prompt tokens, L completion tokens,
 T trained completion tokens of all B sequences laid end to end, without padding. A sequence is a training row: an
 episode has one, or several where its context was rewritten.
-Not here: the forward (`logprobs.py`), attention within a packed row (`packing.py`), the loss and its weights
-(`objective/losses.py`).
+Not here: which samples share a micro-batch (`splitting.py`), the forward (`logprobs.py`), attention within a packed
+row (`packing.py`), the loss and its weights (`objective/losses.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import cached_property
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -118,113 +117,6 @@ class MicroBatch:
         return MicroBatch(**moved)
 
 
-def split(
-    samples: Sequence[Sample],
-    world_size: int,
-    micro_batches: int,
-    token_budget: int | None = None,
-    layout: Layout = PADDED,
-) -> list[list[list[Sample]]]:
-    """`result[rank][i]`: micro-batch i of a rank. Every sample lands in exactly one; all ranks have as many
-    micro-batches.
-
-    Without a `token_budget` a rank has `micro_batches`, or as many as there are samples for it where those are fewer, of
-    as many samples each, or differing by one where B does not divide. With one, a micro-batch takes samples until it forwards that many tokens, padding included; a longer
-    sample is alone in its own. Where whole samples do not make as many micro-batches for every rank, as they must
-    because ranks compute together, some hold a copy of a sample that trains nothing.
-
-    Neighbours in length share a micro-batch, so that padding is small; where prompts are shared, neighbours in the
-    group. The costliest micro-batches go first, each to the rank that has the least cost so far, so that the ranks end
-    together and a too large batch shows at once.
-    """
-    ordered = _neighbours(samples, layout)
-    if token_budget is None:
-        ordered += [_filler(samples)] * (world_size - len(samples))
-        num_slots = world_size * min(micro_batches, len(ordered) // world_size)
-        bounds = [len(ordered) * i // num_slots for i in range(num_slots + 1)]
-        parts = [ordered[start:stop] for start, stop in pairwise(bounds)]
-    else:
-        parts = _fill(ordered, token_budget, world_size, layout)
-    parts.sort(key=lambda part: cost(part, layout), reverse=True)
-    ranks: list[list[list[Sample]]] = [[] for _ in range(world_size)]
-    costs = [0.0] * world_size
-    for part in parts:
-        rank = min((r for r in range(world_size) if len(ranks[r]) < len(parts) // world_size), key=lambda r: costs[r])
-        ranks[rank].append(part)
-        costs[rank] += cost(part, layout)
-    return ranks
-
-
-def _filler(samples: Sequence[Sample]) -> Sample:
-    """The prompt alone of the sample with the shortest."""
-    shortest = min(samples, key=lambda s: len(s.prompt_ids))
-    return replace(shortest, masked=True, token_weight=0.0, old_logprobs=None)
-
-
-def _neighbours(samples: Sequence[Sample], layout: Layout) -> list[Sample]:
-    """The longest first; where prompts are shared, the samples of a prompt side by side, the longest group first."""
-    by_length = sorted(samples, key=lambda s: s.num_forwarded, reverse=True)
-    if not layout.share_prompts:
-        return by_length
-    groups = sorted(_by_prompt(by_length), key=lambda group: sum(s.num_forwarded for s in group), reverse=True)
-    return [sample for group in groups for sample in group]
-
-
-def _fill(ordered: list[Sample], token_budget: int, world_size: int, layout: Layout) -> list[list[Sample]]:
-    """Micro-batches of at most `token_budget` tokens, as few as that needs, as many for every rank, of equal sizes as
-    far as samples can be parted."""
-    count = -(-len(_take(ordered, token_budget, layout)) // world_size) * world_size
-    low, high = 1, token_budget
-    while high - low > max(1, token_budget // 64):
-        middle = (low + high) // 2
-        low, high = (low, middle) if len(_take(ordered, middle, layout)) <= count else (middle, high)
-    parts = _take(ordered, high, layout)
-    while len(parts) % world_size:
-        if all(len(part) == 1 for part in parts):
-            parts.append([_filler(ordered)])
-            continue
-        whole = max((part for part in parts if len(part) > 1), key=lambda part: cost(part, layout))
-        half = len(whole) // 2
-        parts.append(whole[half:])
-        del whole[half:]
-    return parts
-
-
-def _take(ordered: list[Sample], most_tokens: int, layout: Layout) -> list[list[Sample]]:
-    """Cut into parts of at most so many tokens; a longer sample is a part of its own."""
-    parts: list[list[Sample]] = []
-    open_group: list[Sample] = []  # end of the last part: those that may share a prompt with the next sample
-    before = 0  # tokens of that part in front of the open group
-    for sample in ordered:
-        stays = not layout.packed or (
-            layout.share_prompts and bool(open_group) and sample.prompt_key == open_group[0].prompt_key
-        )
-        if open_group and not stays:
-            before, open_group = before + num_tokens(open_group, layout), []
-        if parts and before + num_tokens([*open_group, sample], layout) <= most_tokens:
-            parts[-1].append(sample)
-            open_group.append(sample)
-        else:
-            parts.append([sample])
-            before, open_group = 0, [sample]
-    return parts
-
-
-def num_tokens(samples: Sequence[Sample], layout: Layout) -> int:
-    """Tokens that one micro-batch of these samples forwards, padding included."""
-    if not layout.packed:
-        return len(samples) * max(s.num_forwarded for s in samples)
-    return sum(length for length, _ in _extents(samples, layout))
-
-
-def cost(samples: Sequence[Sample], layout: Layout) -> float:
-    """What one micro-batch costs, in units of one token without attention."""
-    if layout.packed:
-        return sum(n + layout.pair_cost * n * (seen + n / 2) for n, seen in _extents(samples, layout))
-    longest = max(s.num_forwarded for s in samples)
-    return len(samples) * (longest + layout.pair_cost * longest**2 / 2)
-
-
 _WORTH_SHARING = 0.1
 """Share of a group's tokens that sharing its prompt must save: completions then attend through a mask, which costs."""
 
@@ -234,30 +126,21 @@ def worth_sharing(prompt_tokens: int, forwarded: Sequence[int]) -> bool:
     return (len(forwarded) - 1) * prompt_tokens >= _WORTH_SHARING * sum(forwarded)
 
 
-def _by_prompt(samples: Iterable[Sample]) -> list[list[Sample]]:
+def by_prompt(samples: Iterable[Sample]) -> list[list[Sample]]:
+    """The samples of each prompt, in the order in which the prompts first appear."""
     groups: dict[bytes, list[Sample]] = {}
     for sample in samples:
         groups.setdefault(sample.prompt_key, []).append(sample)
     return list(groups.values())
 
 
-def _groups(samples: Sequence[Sample], layout: Layout) -> list[tuple[list[Sample], bool]]:
-    """What stands in a packed row, and whether the samples of a group share their prompt. Samples that train nothing
-    are left out, except one where none does."""
+def groups_in_row(samples: Sequence[Sample], layout: Layout) -> list[tuple[list[Sample], bool]]:
+    """What stands in a packed row, group after group: the samples of a group, and whether they share their prompt, which
+    then stands there once. Samples that train nothing are left out, except one where none does."""
     needed = [s for s in samples if s.num_trained] or list(samples[:1])
     if not layout.share_prompts:
         return [([s], False) for s in needed]
-    return [(g, worth_sharing(len(g[0].prompt_ids), [s.num_forwarded for s in g])) for g in _by_prompt(needed)]
-
-
-def _extents(samples: Sequence[Sample], layout: Layout) -> Iterable[tuple[int, int]]:
-    """Length of each segment of a packed row, and of the prefix that it sees."""
-    for group, shared in _groups(samples, layout):
-        prompt = len(group[0].prompt_ids)
-        if shared:
-            yield prompt, 0
-        for sample in group:
-            yield (sample.num_forwarded - prompt, prompt) if shared else (sample.num_forwarded, 0)
+    return [(g, worth_sharing(len(g[0].prompt_ids), [s.num_forwarded for s in g])) for g in by_prompt(needed)]
 
 
 def collate(samples: Sequence[Sample], layout: Layout = PADDED) -> MicroBatch:
@@ -314,7 +197,7 @@ def _pack(samples: Sequence[Sample], layout: Layout) -> tuple[np.ndarray, list[n
         spans.append(Span(start, end) if prefix is None else Span(start, end, prefix.start, prefix.stop))
         return spans[-1]
 
-    for group, shared in _groups(samples, layout):
+    for group, shared in groups_in_row(samples, layout):
         prompt_ids = group[0].prompt_ids
         prompt = add(prompt_ids) if shared else None
         for sample in group:

@@ -3,7 +3,7 @@
 Models differ: some change their logits after the head (a soft cap, a scale), some mix neighbouring tokens outside of
 attention, some have attention of their own. So each way is tried on a few tokens, in float32, before the run, and
 taken only where it gives the log-probabilities that the model's own forward gives.
-Not here: the head (`head.py`), packed attention (`packing.py`), which samples share a micro-batch (`batching.py`).
+Not here: the head (`head.py`), packed attention (`packing.py`), which samples share a micro-batch (`splitting.py`).
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ A packed row is cut into segments. A token sees the tokens before it in its own 
 prefix, all tokens of that earlier segment: the prompt that several completions share, which is forwarded once.
 
 Shapes: N tokens of the row, K key rows of all segments laid end to end, H heads.
-Not here: which samples share a row (`batching.py`).
+Not here: which samples share a row (`splitting.py`).
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from rlx.learner.microbatches.batching import PADDED, Layout, Sample, collate, num_tokens, split
+from rlx.learner.microbatches.batching import PADDED, Layout, Sample, collate
+from rlx.learner.microbatches.splitting import num_tokens, split
 
 
 def sample(prompt: list[int], completion: list[int], advantage: float = 0.0, masked: bool = False) -> Sample:

@@ -31,10 +31,11 @@ from transformers import (
 from rlx.config import Config
 from rlx.errors import ConfigError
 from rlx.learner.microbatches import batching, head, packing
-from rlx.learner.microbatches.batching import PADDED, Layout, Sample, collate, cost, num_tokens, split
+from rlx.learner.microbatches.batching import PADDED, Layout, Sample, collate
 from rlx.learner.microbatches.forward import ForwardPlan, prepare
 from rlx.learner.microbatches.logprobs import completion_logprobs
 from rlx.learner.microbatches.packing import Segments, Span
+from rlx.learner.microbatches.splitting import cost, num_tokens, split
 
 VOCAB = 40
 PACKED = Layout(packed=True)

@@ -19,8 +19,9 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from rlx.learner.microbatches import logprobs as logprobs_module
-from rlx.learner.microbatches.batching import MicroBatch, Sample, collate, split
+from rlx.learner.microbatches.batching import MicroBatch, Sample, collate
 from rlx.learner.microbatches.logprobs import completion_logprobs
+from rlx.learner.microbatches.splitting import split
 from rlx.learner.objective.loss_metrics import LossMetrics
 from rlx.learner.objective.loss_terms import Sequences, gamma_weight, importance_ratio, kl_k3, on_policy_enough
 from rlx.learner.objective.losses import LossOptions, policy_loss, token_weights

@@ -21,8 +21,9 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import split_tensor_dict
 
-from rlx.learner.microbatches.batching import Sample, collate, split
+from rlx.learner.microbatches.batching import Sample, collate
 from rlx.learner.microbatches.logprobs import completion_logprobs
+from rlx.learner.microbatches.splitting import split
 from rlx.learner.objective.advantages import AdvantageOptions, Advantages, group_advantages
 from rlx.learner.objective.entropy import high_entropy
 from rlx.learner.objective.loss_metrics import LossMetrics
