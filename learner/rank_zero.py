@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from rlx.config import Config
+from rlx.errors import UserCodeError
 from rlx.learner.incoming.recording import Codec, Recorder, Replay
 from rlx.learner.incoming.rollouts import Rollouts
 from rlx.learner.incoming.stream import StepBatch
@@ -76,6 +77,8 @@ class RankZero:
             job.resume.step if job.resume else None,
         )
         self._in_training: StepBatch | None = None
+        self._has_reward: bool | None = None
+        """Whether any completion of this run has one; None before the first"""
         self.journal = Journal(self.files, first, job.total_steps)
         self.progress = ProgressReport(job.console, self.files, None if client is None else client.list_workers)
         self.trackers = Trackers(config, job.resume.step if job.resume else None, job.console)
@@ -111,6 +114,7 @@ class RankZero:
     def took(self, batch: StepBatch) -> None:
         """A step begins to train on groups of its own."""
         config, self._in_training = self._job.config, batch
+        self._has_reward = bool(self._has_reward) or bool(np.isfinite(batch.rewards_BF).any())
         if config.trl.log_completions and batch.step % config.logging_steps == 0:
             print_samples(self._job.console, batch, config.trl.num_completions_to_print)
 
@@ -133,6 +137,11 @@ class RankZero:
             self._ranks.call(WHOLE_STATE)
             state = whole_state(model, rounded_to(job.config), keep=True)
         save_final(model, trainer.processing_class, saved_dtype(job.config), out, state)
+        if self._has_reward is False:
+            raise UserCodeError(
+                f"no completion of this run has a reward, so nothing was learned: {out} holds the model as it was. Either "
+                "something failed each time, and a note above says what, or the reward functions returned None for all"
+            )
         self.rollouts.finish(model)
         curve = self.files.learning_curve()
         if evaluations := self.files.evaluations():

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from fake_service import TOKEN, ScriptedWorker, config_for, length_reward, lines, place, serve, write_run
+from safetensors.torch import load_file
 
 from rlx.config import load_config
 from rlx.episode import Episode
-from rlx.errors import ConfigError
+from rlx.errors import ConfigError, UserCodeError
 from rlx.learner.main import train
 from rlx.learner.policy.checkpoints import find_resume_point
 from rlx.wire import Completion, GroupRequest, Sampling
@@ -71,6 +73,22 @@ def test_empty_completions_and_unusable_log_probabilities_are_counted_and_the_re
     assert published[3] != published[4]
     of_step = [s for s in lines(folder / "out" / "samples.jsonl") if s["step"] == 2]
     assert [s["completion"] == "" for s in of_step] == [True, False, False, False] * 2
+
+
+def test_a_run_in_which_no_completion_has_a_reward_ends_with_an_error_and_the_model_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RLX_TOKEN", TOKEN)
+    path = write_run(tmp_path, max_steps=2, test_datasets=None)
+    with serve(lambda request, episodes: ({"rewards.none": [np.nan] * len(episodes)}, {})) as served:
+        config = config_for(path, served)
+        with pytest.raises(
+            UserCodeError, match=r"no completion of this run has a reward.*out holds the model as it was"
+        ):
+            train(config, 1)
+    assert len(lines(tmp_path / "out" / "metrics.jsonl")) == 2
+    before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("model", "out"))
+    assert all(torch.equal(before[name], after[name]) for name in after)
 
 
 def test_every_truncated_file_of_a_checkpoint_is_named_and_the_others_are_told(
