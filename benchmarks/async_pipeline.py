@@ -47,7 +47,9 @@ from rlx.learner.incoming.courier import Waits
 from rlx.learner.incoming.data import Prompt
 from rlx.learner.incoming.feed import Feed
 from rlx.learner.incoming.ledger import Ledger, Rules
-from rlx.learner.incoming.stream import RolloutStream, StepBatch, has_spread, prompt_order, ticket_request
+from rlx.learner.incoming.requests import prompt_order, ticket_request
+from rlx.learner.incoming.scored_groups import has_spread
+from rlx.learner.incoming.stream import RolloutStream, StepBatch
 from rlx.learner.ranks import Ranks
 from rlx.learner.weights.publish import Publisher
 from rlx.rollout.app import create_app

@@ -26,7 +26,7 @@ def rollout_test_main(config: Config, overrides: list[str], row: int) -> int:
     import datasets
 
     from rlx.learner.incoming.data import prompt_at
-    from rlx.learner.incoming.stream import sampling_of
+    from rlx.learner.incoming.requests import sampling_of
     from rlx.rollout.auth import service_token
     from rlx.rollout.client import ClientTimeouts, RolloutClient
     from rlx.tokenizer import load_tokenizer

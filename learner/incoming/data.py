@@ -1,6 +1,6 @@
 """Prompts: from `datasets:` in the YAML through the user's transform to token ids.
 
-Not here: drawing prompts for a step (`stream.py`).
+Not here: which prompt a step draws (`requests.py`).
 """
 
 from __future__ import annotations

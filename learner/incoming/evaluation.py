@@ -22,7 +22,8 @@ import torch
 from rlx.config import Config
 from rlx.errors import DeadlineExceeded, ServiceError
 from rlx.learner.incoming.data import Prompt
-from rlx.learner.incoming.stream import requests_of, reward_names, reward_weights_of, rewards_of
+from rlx.learner.incoming.requests import requests_of
+from rlx.learner.incoming.scored_groups import reward_names, reward_weights_of, rewards_of
 from rlx.learner.objective.advantages import weighted_rewards
 from rlx.wire import GroupRequest, GroupResult
 

@@ -4,7 +4,7 @@
        ▲                    │                  │ └ spare (no spread) ─► filtered, or consumed to fill a step up
        └── failed, too old ─┴──────────────────┘
 
-Ticket n is one prompt of one epoch (`stream.PromptOrder`); it ends exactly once. Pure: no clock, no thread, no I/O.
+Ticket n is one prompt of one epoch (`requests.PromptOrder`); it ends exactly once. Pure: no clock, no thread, no I/O.
 Ages count optimizer steps: the policy of step s is what s steps have trained, `oldest` the policy of a sample's oldest
 token, its staleness the step that trains it less `oldest`. Not here: keys, versions and requests (`feed.py`).
 """

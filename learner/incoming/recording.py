@@ -27,7 +27,8 @@ from rlx.errors import ConfigError, DatasetError, WireError
 from rlx.frame import decode_frame, encode_frame
 from rlx.learner.durable import write_atomically
 from rlx.learner.incoming.data import Prompt
-from rlx.learner.incoming.stream import Fetched, StepBatch, prompt_order
+from rlx.learner.incoming.requests import prompt_order
+from rlx.learner.incoming.stream import Fetched, StepBatch
 from rlx.learner.policy.checkpoints import ResumePoint
 from rlx.wire import GroupResult
 
@@ -47,7 +48,7 @@ class Batch:
     groups: list[GroupResult]
     state: Mapping[str, Any]
     old_logprobs: np.ndarray | None = None
-    """In a checkpoint: see `stream.OpenBatch`"""
+    """In a checkpoint: float32, of all trained tokens; see `RolloutStream.open_batch`"""
 
 
 class Codec:

@@ -20,7 +20,9 @@ from rlx.learner.incoming.evaluation import Evaluation, Evaluator
 from rlx.learner.incoming.feed import Feed
 from rlx.learner.incoming.ledger import Ledger, Rules
 from rlx.learner.incoming.recording import Batch, Recorder
-from rlx.learner.incoming.stream import Fetched, has_spread, prompt_order, ticket_request
+from rlx.learner.incoming.requests import prompt_order, ticket_request
+from rlx.learner.incoming.scored_groups import has_spread
+from rlx.learner.incoming.stream import Fetched
 from rlx.learner.job import Job
 from rlx.learner.policy.checkpoints import ResumePoint
 from rlx.learner.policy.model import rollout_dtype

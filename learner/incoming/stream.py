@@ -9,7 +9,7 @@ present policy for the old log-probabilities.
 
 Consumes: batches of the feed. Waits for: the feed (rank 0), as long as that allows; rank 0 (the others), at most the
 process group's timeout. Unblocked by: the groups of the step, or an error, which rank 0 passes on. Produces:
-micro-batches. Which prompt a ticket is, is a function of seed and ticket alone: `PromptOrder`.
+micro-batches. Not here: which prompt a ticket is, and its request (`requests.py`).
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
-import xxhash
 from torch import Tensor
 
 from rlx.config import Config, Plan
 from rlx.episode import Episode, Row
 from rlx.learner.incoming.data import Prompt
+from rlx.learner.incoming.requests import prompt_order
+from rlx.learner.incoming.scored_groups import known_logprobs, reward_weights_of, rewards_of
 from rlx.learner.microbatches.batching import PADDED, Layout, MicroBatch, Sample, collate
 from rlx.learner.microbatches.row_logprobs import RowLogprobs
 from rlx.learner.microbatches.splitting import split
-from rlx.learner.objective.advantages import AdvantageOptions, Advantages, group_advantages, weighted_rewards
+from rlx.learner.objective.advantages import AdvantageOptions, Advantages, group_advantages
 from rlx.learner.objective.losses import token_weights
 from rlx.learner.ranks import Ranks
 from rlx.learner.watch.bottleneck import StepTimes
-from rlx.wire import GroupRequest, GroupResult, Sampling
+from rlx.wire import GroupResult
 
 
 @dataclass(frozen=True)
@@ -73,118 +73,6 @@ class StepBatch:
         """Places in `episodes` of the first `count`, spread over the groups, ascending: those with a sample record."""
         size, total = len(self.groups[0].episodes), len(self.groups) * len(self.groups[0].episodes)
         return sorted(sorted(range(total), key=lambda i: (i % size, i // size))[:count])
-
-
-class PromptOrder:
-    """Which prompt a ticket is: epoch after epoch, each a permutation of all prompts, without a gap between them."""
-
-    def __init__(self, num_prompts: int, seed: int, shuffle: bool):
-        self._num_prompts, self._seed, self._shuffle = num_prompts, seed, shuffle
-        self._epoch_of = lru_cache(maxsize=4)(self._epoch)
-
-    def at(self, ticket: int) -> int:
-        """Index of the prompt of `ticket`, counted from 0."""
-        epoch, within = divmod(ticket, self._num_prompts)
-        return int(self._epoch_of(epoch)[within])
-
-    def _epoch(self, epoch: int) -> np.ndarray:
-        order = np.arange(self._num_prompts)
-        return np.random.default_rng([self._seed, epoch]).permutation(order) if self._shuffle else order
-
-
-def prompt_order(config: Config, num_prompts: int) -> PromptOrder:
-    return PromptOrder(num_prompts, config.seed, config.trl.shuffle_dataset and config.shuffle_merged_datasets)
-
-
-def reward_names(group: GroupResult) -> list[str]:
-    """The reward functions by the last part of their dotted names, or by the whole where those are not distinct."""
-    whole = [outcome.name for outcome in group.rewards]
-    short = [name.rpartition(".")[2].rpartition(":")[2] for name in whole]
-    return short if len(set(short)) == len(short) else whole
-
-
-def rewards_of(groups: list[GroupResult]) -> np.ndarray:
-    """Rewards [B, F] of all episodes, group after group; NaN for None."""
-    return np.concatenate([np.stack([r.values for r in group.rewards], axis=1) for group in groups])
-
-
-def reward_weights_of(config: Config, rewards_BF: np.ndarray) -> torch.Tensor:
-    """One weight [F] per column of rewards: `trl.reward_weights`, and 1 for the episodes' own reward without one."""
-    given = config.trl.reward_weights or []
-    return torch.tensor([*given, *[1.0] * (rewards_BF.shape[1] - len(given))])
-
-
-def known_logprobs(episode: Episode) -> bool:
-    """Whether all sampled tokens have a log-probability. Where one is NaN or infinite, the worker was broken, and the
-    episode is not trained; its reward stays in the group's baseline."""
-    return all(bool(np.isfinite(row.logprobs[row.mask]).all()) for row in episode.rows)
-
-
-def has_spread(config: Config, group: GroupResult) -> bool:
-    """Whether the completions of `group` differ in their reward; without that there is nothing to learn from it."""
-    rewards_GF = torch.from_numpy(rewards_of([group]))
-    if not config.normalizes_each_reward:
-        rewards_GF = weighted_rewards(rewards_GF, reward_weights_of(config, rewards_GF.numpy()))[:, None]
-    columns = [column[~column.isnan()] for column in rewards_GF.T]
-    return any(column.numel() and bool(column.max() - column.min() > _SAME) for column in columns)
-
-
-def advantage_options(config: Config) -> AdvantageOptions:
-    trl = config.trl
-    return AdvantageOptions(trl.advantage_estimator, trl.scale_rewards, config.normalizes_each_reward)
-
-
-def sampling_of(config: Config) -> Sampling:
-    """The sampling parameters of `trl:`."""
-    trl = config.trl
-    extra = dict(trl.generation_kwargs)
-    stop = extra.pop("stop", None) or ()
-    return Sampling(
-        max_tokens=trl.max_completion_length,
-        temperature=trl.temperature,
-        top_p=trl.top_p,
-        top_k=max(trl.top_k, 0),
-        min_p=trl.min_p or 0.0,
-        repetition_penalty=trl.repetition_penalty,
-        stop=(stop,) if isinstance(stop, str) else tuple(stop),
-        regex=trl.regex,
-        extra=extra,
-    )
-
-
-def request_of(config: Config, prompt: Prompt, key: str, step: int, n: int, seed_of: str) -> GroupRequest:
-    """One prompt's request. `seed_of`: what the environments' seed is made of, with the run's."""
-    return GroupRequest(
-        key=key,
-        prompt=prompt.prompt,
-        prompt_ids=prompt.ids,
-        num_generations=n,
-        sampling=sampling_of(config),
-        columns=prompt.columns,
-        step=step,
-        deadline_s=config.group_deadline_s,
-        seed=xxhash.xxh64_intdigest(f"{config.seed}/{seed_of}".encode()) % 2**31,
-    )
-
-
-def requests_of(
-    config: Config, prompts: list[Prompt], session: str, step: int, label: str, n: int
-) -> list[GroupRequest]:
-    """One request per prompt, with keys that name session, label, step and place: those of an evaluation."""
-    places = [f"{label}{step}/{index}" for index in range(len(prompts))]
-    return [
-        request_of(config, prompt, f"{session}/{place}", step, n, place)
-        for prompt, place in zip(prompts, places, strict=True)
-    ]
-
-
-def ticket_request(
-    config: Config, plan: Plan, prompts: list[Prompt], order: PromptOrder, session: str, number: int, attempt: int
-) -> GroupRequest:
-    """The request of a ticket. Its seed is that of the ticket: the same for each attempt, and in each run."""
-    step, n = number // plan.prompts_per_batch * plan.steps_per_batch, plan.num_generations
-    key = f"{session}/{number}.{attempt}"
-    return request_of(config, prompts[order.at(number)], key, step, n, str(number))
 
 
 class RolloutStream:
@@ -286,12 +174,12 @@ class RolloutStream:
         self._old = np.frombuffer(old, np.float32) if is_reused else None
         tickets = tuple(json.loads(head))
         groups = [GroupResult.decode(frame) for frame in frames]
-        rewards_BF = rewards_of(groups)
+        rewards_BF, trl = rewards_of(groups), self._config.trl
         advantages = group_advantages(
             torch.from_numpy(rewards_BF),
             reward_weights_of(self._config, rewards_BF),
             self._plan.num_generations,
-            advantage_options(self._config),
+            AdvantageOptions(trl.advantage_estimator, trl.scale_rewards, self._config.normalizes_each_reward),
         )
         prompts = [self._prompts[self.order.at(ticket)] for ticket in tickets]
         return StepBatch(
@@ -358,7 +246,5 @@ def _parts(episodes: list[list[Sample]], order: np.ndarray, count: int) -> list[
     return [[sample for i in chosen for sample in episodes[i]] for chosen in np.split(order, count)]
 
 
-_SAME = 1e-8
-"""Rewards that differ by no more are the same."""
 _NO_ROW = Row(np.empty(0, np.int32), np.empty(0, np.float32), ())
 """Stands for an episode that failed before it sampled anything."""

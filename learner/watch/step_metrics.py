@@ -9,7 +9,8 @@ import torch
 
 from rlx.config import Config
 from rlx.episode import Episode, Status
-from rlx.learner.incoming.stream import StepBatch, known_logprobs, reward_names
+from rlx.learner.incoming.scored_groups import known_logprobs, reward_names
+from rlx.learner.incoming.stream import StepBatch
 
 
 def step_metrics(config: Config, batch: StepBatch) -> dict[str, float]:

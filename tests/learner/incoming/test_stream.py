@@ -14,17 +14,9 @@ from rlx.config import Config, make_plan
 from rlx.episode import CONTEXT, Episode, Row
 from rlx.errors import ServiceError
 from rlx.learner.incoming.data import Prompt
-from rlx.learner.incoming.stream import (
-    Fetched,
-    PromptOrder,
-    RolloutStream,
-    StepBatch,
-    has_spread,
-    requests_of,
-    reward_weights_of,
-    sampling_of,
-    ticket_request,
-)
+from rlx.learner.incoming.requests import PromptOrder, requests_of, sampling_of, ticket_request
+from rlx.learner.incoming.scored_groups import has_spread, reward_weights_of
+from rlx.learner.incoming.stream import Fetched, RolloutStream, StepBatch
 from rlx.learner.microbatches.batching import MicroBatch
 from rlx.learner.ranks import Ranks
 from rlx.learner.watch.report import sample_records
