@@ -40,9 +40,12 @@ _RESUBMITS = 5
 _FIRST_PAUSE_S = 0.2
 _MARGIN_S = 10.0
 """How long the client waits after the service's own deadline, so that the service's message arrives."""
-_ANNOUNCE, _COMMIT = 2, 4
-"""How many times `service.publish_timeout` these may take: it waits for a worker that is restarting, asks, or swaps one
-after the other, verifies, and again waits for one when none took them."""
+_ANNOUNCE, _COMMIT = 2, 8
+"""How many times `service.publish_timeout` these may take. The service waits for a worker that is restarting, and asks.
+Then it lets workers swap one after the other for that long; the last of them, and then the rest together, may be asked,
+swap and be verified; and it waits for one when none took the weights."""
+PUBLISH = _ANNOUNCE + 1 + _COMMIT
+"""How many times that a whole publish may take, with the transfer"""
 _HINT = "start it in another terminal: rlx vllm-serve <cfg.yaml>"
 
 

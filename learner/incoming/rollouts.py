@@ -32,7 +32,7 @@ from rlx.learner.weights.handoff import buffers_for
 from rlx.learner.weights.parity import make_probe
 from rlx.learner.weights.publish import Packed, Publisher
 from rlx.rollout.auth import service_token
-from rlx.rollout.client import MAX_IN_FLIGHT, ClientTimeouts, RolloutClient
+from rlx.rollout.client import MAX_IN_FLIGHT, PUBLISH, ClientTimeouts, RolloutClient
 
 _MARGIN_S = 60.0
 _MOST_CONNECTIONS = 4096
@@ -142,7 +142,7 @@ def patience_s(config: Config, num_held_out: int) -> float:
     """Seconds that nothing at all may happen: more than each single thing that the feed waits for may take."""
     waits = waits_of(config, num_held_out)
     return (
-        waits.service_s + waits.evaluation_s + 4 * config.service.publish_timeout
+        waits.service_s + waits.evaluation_s + PUBLISH * config.service.publish_timeout
         + config.group_deadline_s + _MARGIN_S
     )  # fmt: skip
 
