@@ -34,6 +34,7 @@ from rlx.rollout.http_bodies import (
     wanted,
     with_token,
 )
+from rlx.rollout.http_errors import SESSION_HEADER
 from rlx.rollout.manifest import Offer, WeightManifest
 from rlx.rollout.metrics import exposition
 from rlx.rollout.observations import MAX_OBSERVATIONS_BYTES
@@ -108,8 +109,7 @@ def _control_plane(service: RolloutService) -> APIRouter:
 
     @router.post("/observations", dependencies=[Depends(of_session(service.check_session))])
     async def observations(request: Request) -> Response:
-        _, body = await read_body(request, MAX_OBSERVATIONS_BYTES)
-        return json_response(service.observations.add(json_object(body)))
+        return json_response(service.observations.add(await _of_session(service, request, MAX_OBSERVATIONS_BYTES)))
 
     @router.post("/session")
     async def session(request: Request) -> Response:
@@ -151,9 +151,8 @@ def _weights(service: RolloutService) -> APIRouter:
 
     @router.post("/weights/announce")
     async def announce(request: Request) -> Response:
-        _, body = await read_body(request)
+        announced = await _of_session(service, request)
         service.check_serving()
-        announced = json_object(body)
         offer = Offer.from_json(announced["offer"]) if announced.get("offer") else None
         manifest = WeightManifest.from_json(announced)
         taken_over = await service.weights.announce(manifest, offer)
@@ -170,6 +169,13 @@ def _weights(service: RolloutService) -> APIRouter:
         return json_response((await service.weights.commit(version)).to_json())
 
     return router
+
+
+async def _of_session(service: RolloutService, request: Request, most: int | None = None) -> dict[str, Any]:
+    """The JSON body; another learner may have begun its session while it came."""
+    _, body = await read_body(request, most)
+    service.check_session(request.headers.get(SESSION_HEADER))
+    return json_object(body)
 
 
 async def _openai(service: RolloutService, route: str, request: Request) -> Response:

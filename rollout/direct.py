@@ -55,10 +55,11 @@ class _Lease:
     task: asyncio.Task[None]
 
     def holds(self, ready: list[Member]) -> bool:
-        """Whether it waits for a place, or its worker may work: as the process that it was, or anew."""
+        """Whether it waits for a place, or nobody is done with it and its worker may work: as the process that it was, or
+        anew."""
         if not self.placed.done():
             return True
-        if self.placed.cancelled() or self.placed.exception():
+        if self.over.is_set() or self.placed.cancelled() or self.placed.exception():
             return False
         return self.placed.result() in ready
 
@@ -112,11 +113,14 @@ class Leases:
 
     async def _lease(self, group: GroupRequest) -> _Lease:
         lease = self._leases.get(group.key)
-        if lease is not None and not lease.holds(self._service.fleet.ready()):
-            lease.over.set()
-            await asyncio.wait([lease.task])
-            lease = self._leases.get(group.key)
-        return lease or self._begin(group)
+        if lease is None:
+            return self._begin(group)
+        if lease.holds(self._service.fleet.ready()):
+            lease.over.clear()  # of one that waits for a place: it is wanted again
+            return lease
+        lease.over.set()
+        await asyncio.wait([lease.task])
+        return self._leases.get(group.key) or self._begin(group)
 
     def _begin(self, group: GroupRequest) -> _Lease:
         placed, over = asyncio.get_running_loop().create_future(), asyncio.Event()

@@ -92,7 +92,7 @@ class DirectRollouts:
         """Ask for all that came together, again and again until each has its place or its error."""
         await asyncio.sleep(_GATHER_S)
         self._is_gathering = False
-        asked, self._asked = self._asked, []
+        asked, self._asked = [item for item in self._asked if not item.url.done()], []
         done, self._done = self._done, []
         while asked or done:
             try:
@@ -100,6 +100,7 @@ class DirectRollouts:
             except RlxError as error:
                 for item in asked:
                     _settle(item.url, error)
+                self._done += done
                 return
             done = []
             urls: dict[str, str | RlxError] = {route["key"]: route["url"] for route in answer["routes"]}

@@ -57,7 +57,7 @@ class Member:
     `worked` says whether it had any since the router last asked for its load.
 
     `incarnation` counts its processes: what is heard of an earlier one says nothing about this one. `kept`: the
-    process is sound, only its weights are refused; it is not restarted, the next update is its next chance.
+    process is sound, only its weights are refused; it is not restarted, the next update is its next chance, unless it leaves.
     `cause` is why it left the ready ones, `last_cause` what went wrong since, `doing` what its start is about.
     `token_at`, of its newest token or of when it became ready, and `load_at` are on the monotonic clock. `changed` is set
     when something happened that its supervisor should look at.
@@ -163,6 +163,8 @@ class Fleet:
             member.cause, member.kept, member.token_at = "", False, time.monotonic()
         elif member.state == "restarting":
             member.incarnation, member.restarts = member.incarnation + 1, member.restarts + 1
+        elif member.state == "draining":
+            member.kept = False
         self._notify(member)
 
     def fail(self, member: Member, cause: str, event: Event = "failed", kept: bool = False) -> None:

@@ -288,18 +288,20 @@ class RolloutService:
         not finish is generated anew on another one."""
         self.check_serving()
         staying = [m.name for m in self.fleet.members if m.state not in ("draining", "gone")]
-        if name not in [m.name for m in self.fleet.members]:
+        states = {m.name: m.state for m in self.fleet.members}
+        if name not in states:
             raise RequestRefused(f"there is no worker {name!r}; the workers are: {', '.join(staying)}")
+        if states[name] == "draining":
+            return
         if staying == [name]:
             raise RequestRefused(f"{name} is the only worker; add another one first")
-        task = asyncio.create_task(self._retire(name), name=f"{name} leaves")
+        task = self.supervisor.retire(name)
         self._leaving.add(task)
-        task.add_done_callback(self._leaving.discard)
+        task.add_done_callback(partial(self._left, name))
 
-    async def _retire(self, name: str) -> None:
-        try:
-            await self.supervisor.retire(name)
-        except RlxError as error:
+    def _left(self, name: str, task: asyncio.Task[None]) -> None:
+        self._leaving.discard(task)
+        if not task.cancelled() and (error := task.exception()):
             _log.warning("while %s left: %s", name, error)
 
     async def openai(self, route: str, body: dict[str, Any]) -> dict[str, Any] | AsyncIterator[str]:

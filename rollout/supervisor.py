@@ -63,17 +63,23 @@ class Supervisor:
         self._look_after(member)
         return member
 
-    async def retire(self, name: str) -> None:
-        """It gets no new work, has `service.drain_timeout` seconds for what it does, is closed and forgotten."""
+    def retire(self, name: str) -> asyncio.Task[None]:
+        """It gets no new work from here on. The task gives it `service.drain_timeout` seconds for what it does, closes and
+        forgets it."""
         member = next((m for m in self._fleet.members if m.name == name), None)
         if member is None:
             names = ", ".join(m.name for m in self._fleet.members) or "none"
             raise ServiceUnavailable(f"there is no worker {name!r}; the workers are: {names}")
         if loop := self._loops.pop(name, None):
             loop.cancel()
-            await asyncio.gather(loop, return_exceptions=True)
         if member.state != "draining":
             self._fleet.move(member, "retire")
+        return asyncio.create_task(self._leave(member, loop), name=f"{name} leaves")
+
+    async def _leave(self, member: Member, loop: asyncio.Task[None] | None) -> None:
+        name = member.name
+        if loop is not None:
+            await asyncio.gather(loop, return_exceptions=True)
         try:
             async with asyncio.timeout(self._settings.drain_timeout):
                 while member.in_flight:

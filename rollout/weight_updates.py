@@ -94,11 +94,9 @@ class WeightUpdates:
             outcomes = await asyncio.gather(*(self._outcome(m, m.worker.announce(manifest)) for m in members))
             failed = [(m, error) for m, error in zip(members, outcomes, strict=True) if error is not None]
             if len(failed) == len(members):
-                self._nobody_accepts(manifest, failed)
+                self._nobody_accepts(manifest, asked, failed)
             for member, error in failed:
-                self._lose(member, f"cannot take weights {manifest.version}: {error}", error)
-            for member, _ in failed:
-                del asked[member]
+                self._lose(member, asked.pop(member), f"cannot take weights {manifest.version}: {error}", error)
             self._pending = pending = _Pending(WeightFile(manifest), asked)
             if offer is not None and manifest.base_fingerprint is None and pending.file.take_over(offer):
                 pending.receiving, pending.transfer_s = True, 0.0
@@ -208,12 +206,14 @@ class WeightUpdates:
     def _running(self) -> list[Member]:
         return [m for m in self._fleet.members if _runs(m)]
 
-    def _nobody_accepts(self, manifest: WeightManifest, failed: list[tuple[Member, RlxError]]) -> None:
+    def _nobody_accepts(
+        self, manifest: WeightManifest, asked: dict[Member, int], failed: list[tuple[Member, RlxError]]
+    ) -> None:
         reasons = "; ".join(f"{member.name}: {error}" for member, error in failed)
         if any(isinstance(error, WeightSyncError) for _, error in failed):
             raise WeightSyncError(f"weights {manifest.version} were refused: {reasons}")
         for member, error in failed:
-            self._lose(member, str(error), error)
+            self._lose(member, asked[member], str(error), error)
         raise ServiceUnavailable(f"no rollout worker is ready for weights {manifest.version}: {reasons}")
 
     async def _swap(self, pending: _Pending, transfer_s: float) -> None:
@@ -241,8 +241,7 @@ class WeightUpdates:
                 await answer_of(member.name, self._timeout, member.worker.announce(manifest))
             pause_s = await self._load(member, manifest, str(pending.file.path))
         except RlxError as error:
-            if member.incarnation == incarnation:
-                self._lose(member, f"did not take weights {manifest.version}: {error}")
+            self._lose(member, incarnation, f"did not take weights {manifest.version}: {error}")
             return 0.0
         if member.incarnation == incarnation and _runs(member):
             self._fleet.took(member, manifest.version)
@@ -302,9 +301,9 @@ class WeightUpdates:
             behind=[{"name": m.name, "cause": m.cause or m.state} for m in behind],
         )
 
-    def _lose(self, member: Member, cause: str, error: RlxError | None = None) -> None:
-        """It gets no more work: quarantined, or down when it says itself that it is gone."""
-        if _runs(member):
+    def _lose(self, member: Member, incarnation: int, cause: str, error: RlxError | None = None) -> None:
+        """What that process of it answered: it gets no more work, quarantined, or down when it says itself that it is gone."""
+        if member.incarnation == incarnation and _runs(member):
             down = isinstance(error, ServiceUnavailable) and member.state == "ready"
             self._fleet.fail(member, cause, "failed" if down else "refused")
 

@@ -28,10 +28,12 @@ from rlx.errors import (
     SessionReplaced,
     UserCodeError,
 )
+from rlx.rollout import direct
 from rlx.rollout.app import create_app
 from rlx.rollout.client import RolloutClient
 from rlx.rollout.direct import Leases, WorkerGroups
 from rlx.rollout.direct_app import add_routes, worker_app
+from rlx.rollout.direct_client import DirectRollouts
 from rlx.rollout.gateway import bind, serving
 from rlx.rollout.group_runner import GroupRunner
 from rlx.rollout.service import RolloutService
@@ -211,3 +213,68 @@ async def test_a_learner_that_goes_away_gives_its_places_back_at_the_deadline():
         assert (await s.leases.route([request], []))["routes"]
         assert s.charged == 2
         await eventually(lambda: s.charged == 0 and len(s.leases) == 0)
+
+
+async def test_a_key_that_is_done_and_asked_for_again_at_once_has_a_place_of_its_own():
+    async with stage(patient()) as s:
+        request = group("g", deadline_s=LONG_S)
+        await s.leases.route([request], [])
+        first = s.leases._leases["g"]
+        assert (await s.leases.route([request], ["g"]))["routes"]
+        await asyncio.wait([first.task], timeout=LONG_S)
+        assert (len(s.leases), s.charged) == (1, 2)
+
+
+async def test_a_key_that_is_done_while_it_waits_and_asked_for_again_keeps_its_place_in_the_queue(monkeypatch):
+    monkeypatch.setattr(direct, "_POLL_S", 0.0)
+    async with stage(patient()) as s:
+        request = group("g", deadline_s=LONG_S)
+        s.service.fleet.mark_down(s.member("worker-0"), "killed")
+        s.workers[0].open.clear()  # its restart waits
+        limit = s.service.router.limit(s.member("worker-1"))
+        limit.sequences, limit.learn = 1, lambda load, in_flight: None
+        other = await s.service.router.place(1, 1)
+        assert (await s.leases.route([request], []))["routes"] == []
+        waiting = s.leases._leases["g"]
+        assert (await s.leases.route([request], ["g"]))["routes"] == []
+        other.close()
+        await asyncio.wait([waiting.placed], timeout=LONG_S)
+        assert [route["worker"] for route in (await s.leases.route([request], []))["routes"]] == ["worker-1"]
+        assert (s.leases._leases, s.charged) == ({"g": waiting}, 2)
+
+
+async def unused(url, body):
+    raise AssertionError("nobody is asked for a group")
+
+
+async def test_a_group_that_was_given_up_before_the_gateway_was_asked_gets_no_place():
+    asked = []
+
+    async def ask(body):
+        asked.append(body)
+        return {"routes": [], "errors": []}
+
+    running = asyncio.create_task(DirectRollouts(ask, unused, LONG_S).rollout(group("g")))
+    await asyncio.sleep(0)
+    running.cancel()
+    await eventually(lambda: asked, LONG_S)
+    assert asked == [{"groups": [], "done": ["g"]}]
+
+
+async def test_what_is_done_is_told_again_when_the_gateway_did_not_hear_of_it():
+    asked = []
+
+    async def ask(body):
+        asked.append(body)
+        if body["groups"]:
+            return {"routes": [{"key": each["key"], "url": "u"} for each in body["groups"]], "errors": []}
+        raise ServiceUnavailable("the connection was lost")
+
+    async def post(url, body):
+        return 200, b"answer"
+
+    rollouts = DirectRollouts(ask, post, LONG_S)
+    await rollouts.rollout(group("g"))
+    await eventually(lambda: len(asked) == 2, LONG_S)
+    await rollouts.rollout(group("h"))
+    assert [body["done"] for body in asked] == [[], ["g"], ["g"]]

@@ -18,6 +18,7 @@ from service_parts import (
     TOKEN,
     LocalScorer,
     LocalWorker,
+    chunks,
     eventually,
     group,
     make_service,
@@ -29,6 +30,7 @@ from service_parts import (
 from rlx.errors import ConfigError, DeadlineExceeded, UserCodeError
 from rlx.frame import CONTENT_TYPE, decode_frame, encode_frame
 from rlx.rollout import http_bodies, weights_store
+from rlx.rollout.app import create_app
 from rlx.rollout.auth import service_token
 from rlx.rollout.engine_worker import EngineWorker
 from rlx.rollout.fake_engine import FakeEngine
@@ -404,6 +406,31 @@ async def test_a_new_session_discards_an_update_that_was_not_committed(monkeypat
         await http.post("/v1/session", json={"session": "new"})
         assert list(tmp_path.iterdir()) == []
         assert error_of(await http.post("/v1/weights/1/commit"))[1] == "WeightSyncError"
+
+
+async def test_an_announcement_whose_body_comes_after_another_session_began_is_refused_and_discards_nothing():
+    service, sent = make_service([LocalWorker()]), []
+    app = create_app(service, TOKEN, require_token_for_data=False)
+
+    async def body_after_another_learner():
+        service.begin_session("new")
+        await service.weights.announce(weights(1, b"efgh"))
+        await service.weights.receive(1, chunks(b"efgh"))
+        return {"type": "http.request", "body": json.dumps(weights(1, b"abcd").to_json()).encode()}
+
+    async def send(message):
+        sent.append(message)
+
+    headers = {**BEARER, "rlx-session": "old", "content-type": "application/json"}
+    scope = {
+        "type": "http", "method": "POST", "path": "/v1/weights/announce", "query_string": b"",
+        "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
+    }  # fmt: skip
+    async with started(service):
+        service.begin_session("old")
+        await app(scope, body_after_another_learner, send)
+        assert (sent[0]["status"], json.loads(sent[1]["body"])["error"]["type"]) == (409, "SessionReplaced")
+        assert (await service.weights.commit(1)).workers == {"worker-0": 1}
 
 
 async def test_a_process_that_knows_nothing_of_the_session_says_so_instead_of_sampling_with_old_weights():

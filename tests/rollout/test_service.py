@@ -293,8 +293,7 @@ async def test_workers_join_and_leave_while_groups_run():
         assert [worker.committed for worker in made] == [[b"abcd"], [b"abcd"]], "they caught up before they served"
         assert (await service.rollout(group("next"))).worker in ("new-0", "new-1")
         service.remove_worker("first")
-        assert service.workers()[0].state == "ready"
-        await eventually(lambda: service.workers()[0].state == "draining")
+        assert service.workers()[0].state == "draining"
         first.open.set()
         assert (await running).worker == "first", "it finishes what it has"
         await eventually(lambda: [w.name for w in service.workers()] == ["new-0", "new-1"])
@@ -305,6 +304,20 @@ async def test_workers_join_and_leave_while_groups_run():
         await eventually(lambda: len(service.workers()) == 1)
         with pytest.raises(RequestRefused, match="the only worker"):
             service.remove_worker("new-0")
+
+
+async def test_of_two_workers_that_are_removed_at_once_the_last_one_stays_and_twice_the_same_is_once():
+    workers = [LocalWorker(name) for name in "abc"]
+    async with started(make_service(workers)) as service:
+        service.remove_worker("a")
+        service.remove_worker("a")
+        service.remove_worker("b")
+        with pytest.raises(RequestRefused, match="c is the only worker"):
+            service.remove_worker("c")
+        await eventually(lambda: [w.name for w in service.workers()] == ["c"])
+        assert [worker.closed for worker in workers] == [True, True, False]
+        assert service.fleet.events.counts["worker_removed"] == 2
+        assert (await service.rollout(group())).worker == "c"
 
 
 async def test_workers_beyond_those_at_the_start_join_when_they_can_and_nothing_is_amiss_until_then():

@@ -454,6 +454,28 @@ def test_a_kept_worker_that_dies_is_restarted():
     virtually(main())
 
 
+@pytest.mark.parametrize("leaves_in_the_swap", [True, False])
+def test_a_worker_that_failed_the_gate_and_leaves_does_not_stop_the_next_update(leaves_in_the_swap):
+    async def main():
+        good, bad = pair()
+        async with crew(good, bad, publish_timeout=2 * LATE_S) as c:
+            bad.faults["commit"] = ["skew", "late"]
+            with pytest.raises(ParityError):
+                await c.publish(1, gate=True)
+            with c.fleet.charging(c.fleet.members[1], 1):  # which it has to finish before it has left
+                publish = asyncio.create_task(c.publish(2, gate=True)) if leaves_in_the_swap else None
+                await asyncio.sleep(LATE_S / 2)
+                leaving = c.supervisor.retire("bad")
+                await asyncio.sleep(1)
+                assert c.states() == ["ready", "draining"]
+                outcome = await (publish or c.publish(2, gate=True))
+                assert (outcome.workers, outcome.behind) == ({"good": 2}, [])
+            await leaving
+            assert c.states() == ["ready"]
+
+    virtually(main())
+
+
 # --- what an earlier process, or one that is out, says late ---
 
 
@@ -467,6 +489,23 @@ def test_the_late_failure_of_an_earlier_process_does_not_take_out_the_one_that_c
             c.fleet.mark_down(c.fleet.members[1], "killed")
             assert (await task).workers == {"good": 1, "bad": 1}
             assert (c.states(), bad.process) == (["ready", "ready"], 2)
+
+    virtually(main())
+
+
+def test_who_could_not_be_announced_to_and_came_back_meanwhile_serves():
+    async def main():
+        good, bad = pair()
+        async with crew(good, bad, publish_timeout=2 * LATE_S) as c:
+            good.faults["announce"], bad.faults["announce"] = ["late"], ["die"]
+            task = asyncio.create_task(c.publish(1))
+            await asyncio.sleep(1)
+            c.fleet.mark_down(c.fleet.members[1], "killed")
+            await asyncio.sleep(LATE_S / 2)
+            assert (c.states(), bad.process) == (["ready", "ready"], 2)
+            outcome = await task
+            assert (outcome.workers, outcome.behind) == ({"good": 1, "bad": 1}, [])
+            assert bad.process == 2
 
     virtually(main())
 
@@ -525,7 +564,7 @@ def test_a_worker_that_leaves_finishes_its_work_and_gets_no_more():
         good, bad = pair()
         async with crew(good, bad) as c:
             with c.fleet.charging(c.fleet.members[1], 4):
-                leaving = asyncio.create_task(c.supervisor.retire("bad"))
+                leaving = c.supervisor.retire("bad")
                 await asyncio.sleep(5)
                 assert (c.ready(), c.states(), bad.closed) == (["good"], ["ready", "draining"], False)
                 assert (await c.publish(1)).workers == {"good": 1}
