@@ -68,12 +68,14 @@ def check_main(config: Config, num_processes: int) -> int:
 def _check_data(config: Config, found: _Findings) -> tuple[dict[str, Any] | None, Any]:
     """The first transformed row and the tokenizer, each None when it cannot be had here."""
     import datasets
+    import transformers
 
     from rlx.hub import located
     from rlx.learner.incoming.data import encode_prompt, first_row
     from rlx.tokenizer import load_tokenizer
 
     datasets.disable_progress_bars()
+    transformers.logging.set_verbosity_error()  # prompts that are too long are told of in rlx's words
     located(config, "base_model")
     tokenizer = None
     try:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import transformers
 from tiny_models import make_tiny_model
 
 from rlx.cluster import check
@@ -167,3 +170,18 @@ def test_a_context_beyond_the_models_positions_is_told_with_both_numbers(tmp_pat
     assert check_main(load_config(tmp_path / "run.yaml", longer), 1) == 2
     text = capsys.readouterr().out
     assert f"is {positions + 1}, but {model} has {positions} positions" in text
+
+
+def test_a_prompt_that_is_too_long_is_told_once_in_our_words_alone(tmp_path, model, capsys, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    transformers.logging.set_verbosity_warning()
+    config(tmp_path, model)
+    own = tmp_path / "own"
+    shutil.copytree(model, own)
+    settings = json.loads((own / "tokenizer_config.json").read_text())
+    (own / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": 2}))
+    short = {("base_model",): ("--x", str(own)), ("trl", "max_prompt_length"): ("--y", 3)}
+    assert check_main(load_config(tmp_path / "run.yaml", short), 1) == 0
+    told = "the first prompt has 4 tokens, more than max_prompt_length (3): it will be left out"
+    assert told in capsys.readouterr().out
+    assert caplog.messages == []
