@@ -1,4 +1,4 @@
-"""Rollout functions in processes that can be killed: `rlx.rollout.worker.Episodes` over Ray actors.
+"""Rollout functions in processes that can be killed: `rlx.rollout.group_runner.Episodes` over Ray actors.
 
 A process runs many groups. When it dies, or a function blocks it, it is killed and replaced; the groups that it ran
 begin anew on another one, at most `episodes.retries` times, and then count as aborted.

@@ -1,4 +1,4 @@
-"""Every reward function on whole groups, each in processes that can be killed: `rlx.rollout.worker.Scorer` over Ray."""
+"""Every reward function on whole groups, in processes that can be killed: `rlx.rollout.group_runner.Scorer` over Ray."""
 
 from __future__ import annotations
 

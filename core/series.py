@@ -34,10 +34,6 @@ class Series:
     def kind(self) -> Literal["counter", "gauge"]:
         return "counter" if self.name.endswith("_total") else "gauge"
 
-    @property
-    def per_worker(self) -> bool:
-        return "worker" in self.labels
-
 
 class Reading(NamedTuple):
     """The value of a series now; `labels` in the order of the series'."""

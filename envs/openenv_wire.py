@@ -22,10 +22,10 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, WebSocketException
 
 from rlx.envs.errors import ActionError, EnvLost
+from rlx.hosts import is_loopback
 
 MAX_MESSAGE_BYTES = 16 << 20
 _FULL = ("CAPACITY_REACHED", "FACTORY_ERROR")
-_LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 class Unreachable(EnvLost):
@@ -54,7 +54,7 @@ class Address:
         tls = parts.scheme in ("https", "wss")
         self.ws = urlunsplit(("wss" if tls else "ws", parts.netloc, f"{path}/ws", parts.query, ""))
         self.http = urlunsplit(("https" if tls else "http", parts.netloc, path, "", ""))
-        self.local = parts.hostname in _LOOPBACK
+        self.local = is_loopback(parts.hostname)
 
     def __str__(self) -> str:
         return f"environment {self.name!r} at {self.url}"

@@ -131,7 +131,7 @@ class EpisodeRunner:
         status, error = self._status(state, call is None, raised or state.failure)
         completion = self._completion(state)
         if status == "ok":
-            status, error = _judged(state, value, completion)
+            status, error = _judged(state, value)
         if status in SCORABLE and (wrong := _not_json(state.extra, completion)):
             status, error = "aborted", f"ctx.extra and ctx.completion go to the reward functions as JSON: {wrong}"
         if status not in SCORABLE:
@@ -190,7 +190,7 @@ def _outcome(call: asyncio.Task[Any]) -> tuple[Any, BaseException | None]:
     return (None, error) if (error := call.exception()) else (call.result(), None)
 
 
-def _judged(state: EpisodeState, value: Any, completion: Any) -> tuple[Status, str]:
+def _judged(state: EpisodeState, value: Any) -> tuple[Status, str]:
     """The status of an episode whose function returned `value`."""
     if value is not None and not isinstance(value, numbers.Real | np.bool_):
         kind, shown = type(value).__name__, reprlib.repr(value)

@@ -59,8 +59,8 @@ class ClientTimeouts:
 
 
 @dataclass(frozen=True)
-class PublishTimes:
-    """Seconds of one weight update, as the learner sees them."""
+class PhaseTimes:
+    """Seconds of the phases of one weight update, as the learner sees them."""
 
     announce_s: float
     transfer_s: float
@@ -222,7 +222,7 @@ class RolloutClient:
 
     def publish(
         self, manifest: WeightManifest, data: bytes | memoryview | Iterable[bytes], offer: Offer | None = None
-    ) -> PublishTimes:
+    ) -> PhaseTimes:
         """Announce, send, commit; returns when workers sample with the new weights and none with older ones. Nothing is
         sent where the service can open what is on `offer`. WeightBaseMismatch, with nothing sent, where `manifest`
         builds on other weights than the service has."""
@@ -230,7 +230,7 @@ class RolloutClient:
 
     async def _publish(
         self, manifest: WeightManifest, data: bytes | memoryview | Iterable[bytes], offer: Offer | None
-    ) -> PublishTimes:
+    ) -> PhaseTimes:
         path, who, seconds = f"/v1/weights/{manifest.version}", f"weights {manifest.version}", self._timeouts.publish_s
         marks = [time.monotonic()]
         described = manifest.to_json() | ({"offer": asdict(offer)} if offer is not None else {})
@@ -245,7 +245,7 @@ class RolloutClient:
         marks.append(time.monotonic())
         behind = tuple(f"{worker['name']}: {worker['cause']}" for worker in outcome["behind"])
         announce_s, transfer_s, commit_s = np.diff(marks).tolist()
-        return PublishTimes(announce_s, transfer_s, commit_s, outcome["pause_s"], behind, taken_over)
+        return PhaseTimes(announce_s, transfer_s, commit_s, outcome["pause_s"], behind, taken_over)
 
     async def _upload(self, path: str, who: str, data: bytes | memoryview | Iterable[bytes], nbytes: int) -> None:
         seconds = self._timeouts.publish_s

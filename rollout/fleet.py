@@ -245,9 +245,6 @@ class Fleet:
         """Ready for longer than `service.probe_timeout`, and without a token for as long."""
         return [m for m in self.ready() if m.token_age_s() > self._settings.probe_timeout]
 
-    def statuses(self) -> list[WorkerStatus]:
-        return [self.status(member) for member in self.members]
-
     def status(self, m: Member) -> WorkerStatus:
         return WorkerStatus(m.name, m.state, m.weight_version, round(m.token_age_s(), 3), m.in_flight, m.node, m.pid,
                             m.explanation, m.load, load_age_s=round(time.monotonic() - m.load_at, 3))  # fmt: skip

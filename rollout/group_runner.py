@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from rlx.errors import ServiceUnavailable
 from rlx.rollout.deadline import deadline
 from rlx.rollout.fleet import Member
 from rlx.rollout.statistics import GroupStatistics
-from rlx.rollout.worker import Episodes, Scorer, Worker
+from rlx.rollout.worker import Worker
 from rlx.wire import GroupRequest, GroupResult, GroupTimes, RewardOutcome
 
 EPISODE_REWARD = "episode"
@@ -22,6 +23,41 @@ MAX_WORKERS_LOST = 3
 REWARDS, EPISODES = "the reward functions", "the rollout function"
 Assign = Callable[[GroupRequest], Awaitable[AbstractContextManager[Member]]]
 """Waits for a worker and holds it while its context is open."""
+
+
+class Episodes(Protocol):
+    """Makes the episodes of a group: one plain reply each, or what a rollout function and its environments do."""
+
+    own_reward: bool
+    """Whether episodes may bring a reward of their own, which becomes one more column of rewards, `episode`."""
+
+    async def start(self) -> None:
+        """Load the user's function and reach its environments; UserCodeError or ConfigError with the key."""
+
+    async def run(self, worker: Worker, request: GroupRequest) -> list[Episode]:
+        """`request.num_generations` episodes on `worker`. What goes wrong within an episode is its status; raises
+        ServiceError when the worker breaks its contract, UserCodeError when too many episodes fail."""
+
+    async def close(self) -> None: ...
+
+
+class Scorer(Protocol):
+    """Runs every reward function on one whole group, once."""
+
+    async def start(self) -> None:
+        """Resolve and load every reward function; UserCodeError with the config key when one does not load."""
+
+    async def score(
+        self, request: GroupRequest, episodes: list[Episode]
+    ) -> tuple[list[RewardOutcome], dict[str, float]]:
+        """Outcomes in the order of `trl.reward_funcs`, and what the functions logged with `log_metric`.
+
+        Only the scorable episodes are given to the functions; the others get NaN. A function that fails gives NaN
+        and says so in its outcome; UserCodeError with the first traceback once it failed too often
+        (`rewards.reward_failure_budget`).
+        """
+
+    async def close(self) -> None: ...
 
 
 class GroupRunner:

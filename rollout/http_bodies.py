@@ -16,6 +16,7 @@ from starlette.requests import ClientDisconnect
 
 from rlx.errors import RlxError, ServiceUnavailable, WireError
 from rlx.frame import CONTENT_TYPE
+from rlx.hosts import is_loopback
 from rlx.rollout.auth import Unauthorized, check_bearer
 from rlx.rollout.http_errors import SESSION_HEADER, BodyTooLarge, UnsupportedBody, error_body, status_of
 from rlx.wire import GroupRequest, GroupResult
@@ -40,7 +41,7 @@ def for_readers(token: str | None, needs_token: bool) -> Callable[[Request], Awa
 
     async def by_loopback_name(request: Request) -> None:
         name = request.url.hostname
-        if name not in ("127.0.0.1", "localhost", "::1"):
+        if not is_loopback(name):
             raise Unauthorized(f"this is read by a loopback name, as http://127.0.0.1, not {name!r:.100}")
 
     return with_token(token) if needs_token else by_loopback_name

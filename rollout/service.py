@@ -25,7 +25,7 @@ from rlx.config.sections import AsyncSection, ServiceSection
 from rlx.errors import RequestRefused, RequestTooLong, RlxError, ServiceError, ServiceUnavailable, WireError
 from rlx.rollout.deadline import deadline
 from rlx.rollout.fleet import Fleet, Member
-from rlx.rollout.group_runner import EPISODES, REWARDS, GroupRunner
+from rlx.rollout.group_runner import EPISODES, REWARDS, Episodes, GroupRunner, Scorer
 from rlx.rollout.groups import GroupStore, check_request, check_session
 from rlx.rollout.observations import Observations
 from rlx.rollout.router import Router
@@ -34,7 +34,7 @@ from rlx.rollout.statistics import GroupStatistics
 from rlx.rollout.supervisor import Supervisor
 from rlx.rollout.weight_updates import WeightUpdates
 from rlx.rollout.weights_store import remove_leftovers
-from rlx.rollout.worker import Episodes, Scorer, Worker, WorkerStatus
+from rlx.rollout.worker import Worker, WorkerStatus
 from rlx.view.live import LiveRun
 from rlx.wire import GroupRequest, GroupResult
 

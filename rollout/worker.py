@@ -1,6 +1,6 @@
-"""What the service needs of its parts: rollout workers, episodes and a scorer, wherever they run.
+"""A rollout worker as the service knows it: its methods, what it says of its load, and why there may be none.
 
-`cluster/` implements both over Ray; tests use local ones around the fake engine.
+`cluster/ray_worker.py` is one over Ray, `engine_worker.py` one in this process, for tests and inside the actor.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from rlx.episode import Episode
 from rlx.errors import ServiceUnavailable
 from rlx.rollout.manifest import WeightManifest
-from rlx.wire import Completion, GroupRequest, RewardOutcome, Sampling
+from rlx.wire import Completion, Sampling
 
 
 @dataclass(frozen=True)
@@ -87,40 +86,5 @@ class Worker(Protocol):
         """Take the weights in the safetensors file `path` on the gateway's node."""
 
     async def openai(self, route: str, body: dict[str, Any]) -> dict[str, Any] | AsyncIterator[str]: ...
-
-    async def close(self) -> None: ...
-
-
-class Episodes(Protocol):
-    """Makes the episodes of a group: one plain reply each, or what a rollout function and its environments do."""
-
-    own_reward: bool
-    """Whether episodes may bring a reward of their own, which becomes one more column of rewards, `episode`."""
-
-    async def start(self) -> None:
-        """Load the user's function and reach its environments; UserCodeError or ConfigError with the key."""
-
-    async def run(self, worker: Worker, request: GroupRequest) -> list[Episode]:
-        """`request.num_generations` episodes on `worker`. What goes wrong within an episode is its status; raises
-        ServiceError when the worker breaks its contract, UserCodeError when too many episodes fail."""
-
-    async def close(self) -> None: ...
-
-
-class Scorer(Protocol):
-    """Runs every reward function on one whole group, once."""
-
-    async def start(self) -> None:
-        """Resolve and load every reward function; UserCodeError with the config key when one does not load."""
-
-    async def score(
-        self, request: GroupRequest, episodes: list[Episode]
-    ) -> tuple[list[RewardOutcome], dict[str, float]]:
-        """Outcomes in the order of `trl.reward_funcs`, and what the functions logged with `log_metric`.
-
-        Only the scorable episodes are given to the functions; the others get NaN. A function that fails gives NaN
-        and says so in its outcome; UserCodeError with the first traceback once it failed too often
-        (`rewards.reward_failure_budget`).
-        """
 
     async def close(self) -> None: ...

@@ -33,10 +33,6 @@ class Plan:
     """Passes over it"""
 
     @property
-    def prompts_per_step(self) -> int:
-        return self.completions_per_step // self.num_generations
-
-    @property
     def prompts_per_batch(self) -> int:
         """Of a generation batch, which holds whole groups."""
         return self.completions_per_step * self.steps_per_pass // self.num_generations

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import ipaddress
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from rlx.config.objective import ObjectiveKeys
 from rlx.config.section import Section
-
-
-def _loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+from rlx.hosts import is_loopback
 
 
 class TrlSection(ObjectiveKeys):
@@ -182,7 +173,7 @@ class VllmSection(Section):
 
     @property
     def needs_token(self) -> bool:
-        return not _loopback(self.host)
+        return not is_loopback(self.host)
 
 
 class DatasetSection(Section):
@@ -412,4 +403,4 @@ class ClusterSection(Section):
 
     @property
     def dashboard_is_local(self) -> bool:
-        return _loopback(self.dashboard_host)
+        return is_loopback(self.dashboard_host)

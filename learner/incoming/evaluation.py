@@ -1,6 +1,6 @@
 """Evaluation: the held-out prompts sampled beside the training groups, all on one weight version, and what came out.
 
-    start(step, version) ─► one request per held-out prompt ─► service ─► finished()? ─► result(): Evaluation
+    start(step, version) ─► one request per held-out prompt ─► service ─► result(): Evaluation
                                                                           cancel() takes the requests back
 
 Consumes: the held-out prompts. Waits for: their groups, in `result`, at most as long as it is told; the error names
@@ -74,11 +74,6 @@ class Evaluator:
         self._started_at = self._arrived_at = 0.0
         self._futures: dict[str, concurrent.futures.Future[GroupResult]] = {}
 
-    @property
-    def running(self) -> bool:
-        """Whether there is an evaluation whose result was not taken."""
-        return bool(self._futures)
-
     def start(self, step: int, version: int) -> None:
         """Submit every held-out prompt; returns at once. Does nothing without held-out prompts.
 
@@ -98,11 +93,6 @@ class Evaluator:
 
     def _arrived(self, future: concurrent.futures.Future[GroupResult]) -> None:
         self._arrived_at = time.perf_counter()  # in the client's thread
-
-    def finished(self) -> bool:
-        """Whether `result` would not wait: every group is here, or one failed."""
-        futures = self._futures.values()
-        return all(f.done() for f in futures) or any(f.done() and f.exception() is not None for f in futures)
 
     def result(self, timeout_s: float) -> Evaluation:
         """Wait for the groups and sum them up. Raises what a group failed with, DeadlineExceeded, or ServiceError when

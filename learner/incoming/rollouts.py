@@ -14,6 +14,7 @@ from rich.console import Console
 from torch import nn
 
 from rlx.config import Config, Plan
+from rlx.hosts import is_loopback
 from rlx.learner.incoming.best import BestModel
 from rlx.learner.incoming.courier import Waits
 from rlx.learner.incoming.evaluation import Evaluation, Evaluator
@@ -36,7 +37,6 @@ from rlx.rollout.client import MAX_IN_FLIGHT, PUBLISH, ClientTimeouts, RolloutCl
 
 _MARGIN_S = 60.0
 _MOST_CONNECTIONS = 4096
-_THIS_MACHINE = ("127.0.0.1", "localhost", "::1")
 
 
 class Rollouts:
@@ -87,7 +87,7 @@ class Rollouts:
             on_evaluation=on_evaluation,
             on_wait=say_waiting(config, job.console),
             patience_s=patience_s(config, len(held_out)),
-            shares_cpu=not torch.cuda.is_available() and urlsplit(config.base_url).hostname in _THIS_MACHINE,
+            shares_cpu=not torch.cuda.is_available() and is_loopback(urlsplit(config.base_url).hostname),
             journal=journal,
         )
 

@@ -16,9 +16,8 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from rlx.hosts import is_loopback
 from rlx.rollout.manifest import Offer
-
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(eq=False)
@@ -73,7 +72,7 @@ class Buffers:
 
 def buffers_for(base_url: str) -> Buffers | None:
     """None where the service is on another machine, or this system has no such memory."""
-    near = urlsplit(base_url).hostname in _LOOPBACK and hasattr(os, "memfd_create")
+    near = is_loopback(urlsplit(base_url).hostname) and hasattr(os, "memfd_create")
     return Buffers() if near else None
 
 

@@ -28,8 +28,7 @@ from rlx.learner.policy.sharding import is_sharded, whole
 from rlx.learner.weights.handoff import Buffers
 from rlx.learner.weights.parity import ProbeIds, probe_logprobs
 from rlx.rollout import delta
-from rlx.rollout.client import PublishTimes as PhaseTimes
-from rlx.rollout.client import RolloutClient
+from rlx.rollout.client import PhaseTimes, RolloutClient
 from rlx.rollout.manifest import Offer, Probe, TensorSpec, WeightManifest, fingerprint
 
 LoraSync = Literal["adapter", "merged"]

@@ -21,7 +21,7 @@ from rlx.cluster.ray_worker import RayWorker
 from rlx.cluster.serve import gateway_app, worker_factory
 from rlx.config import Config
 from rlx.envs.single_turn import SingleTurn
-from rlx.rollout.client import PublishTimes, RolloutClient
+from rlx.rollout.client import PhaseTimes, RolloutClient
 from rlx.rollout.fake_engine import FakeEngine
 from rlx.rollout.gateway import bind, serving
 from rlx.rollout.manifest import Probe, WeightManifest, fingerprint
@@ -69,7 +69,7 @@ class Stage:
     async def rollouts(self, requests: list[GroupRequest]) -> list[GroupResult]:
         return await asyncio.to_thread(self.client.rollouts, requests)
 
-    async def publish(self, version: int) -> PublishTimes:
+    async def publish(self, version: int) -> PhaseTimes:
         return await asyncio.to_thread(self.client.publish, *await update(version))
 
     async def kill(self, name: str) -> None:

@@ -126,7 +126,7 @@ def test_the_documented_gsm8k_batch_sizes_are_solved_not_rejected():
     config = load_config(ROOT / "examples" / "gsm8k" / "gsm8k.yaml")
     defaults = config.model_copy(update={"micro_batch_size": 1, "gradient_accumulation_steps": 1})
     plan = make_plan(defaults, 1)
-    assert (plan.num_generations, plan.gradient_accumulation_steps, plan.prompts_per_step) == (4, 4, 1)
+    assert (plan.num_generations, plan.gradient_accumulation_steps, plan.prompts_per_batch) == (4, 4, 1)
     assert "gradient_accumulation_steps is 4 instead of 1" in plan.notes[0]
 
 

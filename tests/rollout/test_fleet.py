@@ -187,10 +187,10 @@ def test_statuses_tell_state_cause_and_load():
     [member] = fleet.members
     member.observe(WorkerStatus("a", "ready", 0, 3.0, 0, "here", 7, load=EngineLoad(running=2)))
     fleet.mark_down(member, "other bytes", quarantine=True)
-    [status] = fleet.statuses()
+    status = fleet.status(fleet.members[0])
     assert (status.state, status.cause, status.node, status.pid) == ("quarantined", "other bytes", "here", 7)
     assert status.load.running == 2
     assert 0 <= status.load_age_s < 60
     member.load_at -= 100
-    assert fleet.statuses()[0].load_age_s >= 100
+    assert fleet.status(fleet.members[0]).load_age_s >= 100
     assert 3.0 <= status.token_age_s < 60

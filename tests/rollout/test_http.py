@@ -237,7 +237,7 @@ async def test_openai_routes_pass_through_stream_and_keep_the_engines_status():
             assert answer.headers["content-type"].startswith("text/event-stream")
             assert [line async for line in answer.aiter_lines() if line] == ["data: 7", "data: 8", "data: [DONE]"]
         assert (await http.post("/v1/completions", json={"model": "nobody"})).status_code == 404
-        assert service.fleet.statuses()[0].in_flight == 0
+        assert service.workers()[0].in_flight == 0
         assert (await http.get("/v1/models")).json()["data"][0]["id"] == "tiny-model"
 
 
@@ -251,8 +251,8 @@ async def test_a_reader_that_leaves_a_stream_frees_the_worker():
     async with started(make_service([Endless()])) as service, on_http(service) as url, client(url) as http:
         async with http.stream("POST", "/v1/completions", json={"stream": True}) as answer:
             await anext(answer.aiter_lines())
-            assert service.fleet.statuses()[0].in_flight == 1
-        await eventually(lambda: service.fleet.statuses()[0].in_flight == 0)
+            assert service.workers()[0].in_flight == 1
+        await eventually(lambda: service.workers()[0].in_flight == 0)
 
 
 async def test_prompt_logprobs_come_per_worker_as_a_frame_or_as_json():
@@ -349,7 +349,7 @@ async def test_a_cancelled_group_leaves_the_engine_and_its_caller_hears_of_it():
             assert error_of(gone) == (409, "GroupCancelled", "group 's/1' was cancelled by the learner")
         await eventually(lambda: engine.in_flight == 1)
         assert engine.load().running + engine.load().waiting == 2
-        assert [s.in_flight for s in service.fleet.statuses()] == [2]
+        assert [s.in_flight for s in service.workers()] == [2]
         assert error_of(await post_group(http, long_group("s/none")))[1] == "GroupCancelled"
         await http.post("/v1/rollouts/cancel", json={"keys": ["s/2"]})
         await eventually(lambda: engine.in_flight == 0)

@@ -228,7 +228,7 @@ async def test_a_worker_costs_eleven_series():
     for number in (1, 3):
         async with running(*[LocalWorker(f"worker-{i}") for i in range(number)]) as (_, client):
             counts.append(len(await scrape(client)))
-    assert (counts[1] - counts[0]) / 2 == sum(series.per_worker for series in CATALOGUE) == 11
+    assert (counts[1] - counts[0]) / 2 == sum("worker" in series.labels for series in CATALOGUE) == 11
 
 
 async def test_the_page_shows_the_learners_records_and_the_workers():

@@ -167,7 +167,7 @@ async def test_the_deadline_names_the_worker_that_was_waited_for():
         worker.open.clear()
         with pytest.raises(DeadlineExceeded, match=r"worker w-7 did not answer within the 0\.2 s"):
             await service.rollout(group(deadline_s=0.2))
-        assert service.fleet.statuses()[0].in_flight == 0
+        assert service.workers()[0].in_flight == 0
 
 
 async def test_the_deadline_names_the_rewards_that_were_waited_for():
@@ -199,7 +199,7 @@ async def test_groups_go_to_the_worker_with_the_least_completions_in_flight():
         for worker in workers:
             worker.open.set()
         await asyncio.gather(*tasks)
-        assert [status.in_flight for status in service.fleet.statuses()] == [0, 0]
+        assert [status.in_flight for status in service.workers()] == [0, 0]
 
 
 async def test_a_dead_worker_is_named_with_its_cause_and_its_group_moves_to_another():
@@ -393,9 +393,9 @@ async def test_a_worker_whose_newest_token_is_too_old_is_not_healthy_whatever_th
 async def test_a_stream_that_nobody_reads_frees_its_worker():
     async with started(make_service([LocalWorker()])) as service:
         lines = await service.openai("completions", {"stream": True})
-        assert service.fleet.statuses()[0].in_flight == 1
+        assert service.workers()[0].in_flight == 1
         del lines
-        await eventually(lambda: service.fleet.statuses()[0].in_flight == 0)
+        await eventually(lambda: service.workers()[0].in_flight == 0)
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ async def test_published_weights_reach_every_worker_and_stamp_the_next_tokens():
         assert [worker.committed for worker in workers] == [[data], [data]]
         assert (times.version, times.nbytes) == (3, 10_000)
         assert (await service.rollout(group())).episodes[0].rows[0].versions == ((3, 3),)
-        assert {status.weight_version for status in service.fleet.statuses()} == {3}
+        assert {status.weight_version for status in service.workers()} == {3}
         assert await service.weights.commit(3) == times
 
 

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from rlx.errors import ServiceUnavailable, WeightBaseMismatch, WeightSyncError
 from rlx.learner.weights.publish import Publisher, pack
 from rlx.rollout import delta
-from rlx.rollout.client import PublishTimes, RolloutClient
+from rlx.rollout.client import PhaseTimes, RolloutClient
 from rlx.rollout.manifest import WeightManifest, checkpoint_specs, fingerprint, read_layout
 
 
@@ -59,7 +59,7 @@ class Holder:
     def workers(self) -> dict[str, Any]:
         return {"weight_version": self.version, "workers": []}
 
-    def publish(self, manifest: WeightManifest, data: bytes | memoryview) -> PublishTimes:
+    def publish(self, manifest: WeightManifest, data: bytes | memoryview) -> PhaseTimes:
         if manifest.version <= self.version:
             raise WeightSyncError(f"weights {manifest.version} are not newer than the {self.version}")
         partial = manifest.base_fingerprint is not None
@@ -75,7 +75,7 @@ class Holder:
         self.manifests.append(manifest)
         if self.lose_answers:
             raise ServiceUnavailable("the connection was lost")
-        return PublishTimes(0.1, 0.2, 0.4, 0.3, ("worker-1: late",))
+        return PhaseTimes(0.1, 0.2, 0.4, 0.3, ("worker-1: late",))
 
     def _with_base(self, data: bytes | memoryview) -> bytes:
         base, out = self._folder / "base", self._folder / "out"
