@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import ActorAlreadyExistsError, RayActorError, RayError, RayTaskError
 
 from rlx.errors import DeadlineExceeded, ModelError, RlxError, ServiceError, ServiceUnavailable
 
+T = TypeVar("T")
 _NAME_TIMEOUT_S = 20.0
 _COLOURS = re.compile(r"\x1b\[\d+m")
 _CAUSES = {
@@ -55,6 +56,17 @@ async def call(ref: ray.ObjectRef[Any], who: str, timeout_s: float | None = None
     except asyncio.CancelledError:
         ray.cancel(ref)
         raise
+
+
+async def all_or_first_error(parts: Iterable[Awaitable[T]]) -> list[T]:
+    """Results in order; with the first error the others are cancelled, and have ended when it is raised."""
+    tasks = [asyncio.ensure_future(part) for part in parts]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def stream(items: ray.ObjectRefGenerator, who: str, hint: str = "") -> AsyncGenerator[Any, None]:

@@ -19,7 +19,8 @@ class KillableActor:
         self.label = label
         self.handle: Any = None
         self.pid = 0
-        self._start = 0
+        self.start = 0
+        """Of the process, as `start_of` gives it."""
 
     async def create(self, actor_class: type, *arguments: Any, **options: Any) -> Any:
         """Make the actor; its handle. Call `runs_as` with the process id that it tells."""
@@ -29,7 +30,7 @@ class KillableActor:
         return self.handle
 
     def runs_as(self, pid: int) -> None:
-        self.pid, self._start = pid, start_of(pid) or 0
+        self.pid, self.start = pid, start_of(pid) or 0
 
     def kill(self, grace_s: float = 0.0) -> None:
         """End the process and everything below it, whatever it is doing. Idempotent.
@@ -42,5 +43,5 @@ class KillableActor:
             return
         below = descendants(self.pid) if self.pid else {}
         ray.kill(handle)
-        end_processes({self.pid: self._start}, grace_s)
+        end_processes({self.pid: self.start}, grace_s)
         end_processes(below, 0.0)

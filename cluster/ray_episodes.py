@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rlx.cluster.calls import call
+from rlx.cluster.calls import all_or_first_error, call
 from rlx.cluster.episode_actor import EpisodeActor, Loaded, Stalled
 from rlx.cluster.killable import KillableActor
 from rlx.cluster.ray_worker import RayWorker
@@ -24,7 +24,7 @@ from rlx.config import Config
 from rlx.envs.openenv_server import EnvServers
 from rlx.envs.threads import GRACE_S
 from rlx.episode import Episode
-from rlx.errors import ServiceError, ServiceUnavailable, UserCodeError
+from rlx.errors import DeadlineExceeded, ServiceError, ServiceUnavailable, UserCodeError
 from rlx.rewards.budget import FailureBudget
 from rlx.rollout.worker import Worker
 from rlx.wire import GroupRequest
@@ -59,7 +59,7 @@ class RayEpisodes:
             self._servers = EnvServers(self._config)
             await self._servers.start()
             urls = self._servers.urls
-        loaded = await asyncio.gather(*[process.start(urls) for process in self._processes])
+        loaded = await all_or_first_error([process.start(urls) for process in self._processes])
         self.own_reward = loaded[0].own_reward
 
     async def run(self, worker: Worker, request: GroupRequest) -> list[Episode]:
@@ -75,9 +75,11 @@ class RayEpisodes:
         return episodes
 
     async def close(self) -> None:
-        await asyncio.gather(*[process.close() for process in self._processes])
-        if self._servers is not None:
-            await self._servers.close()
+        try:
+            await asyncio.gather(*[process.close() for process in self._processes])
+        finally:
+            if self._servers is not None:
+                await self._servers.close()
 
     async def _run(self, worker: RayWorker, request: GroupRequest) -> list[Episode]:
         cause = ""
@@ -168,18 +170,24 @@ class _Process:
         for task in self._tasks:
             task.cancel()
         lives = [*self._retired, *([self._now] if self._now else [])]
-        for life in lives:
-            with contextlib.suppress(ServiceError):  # it is killed next
+        await asyncio.gather(*[self._close(life) for life in lives])
+
+    async def _close(self, life: _Generation) -> None:
+        try:
+            with contextlib.suppress(ServiceError, DeadlineExceeded):  # it is killed next
                 await call(life.actor.handle.close.remote(), self._name, CLOSE_TIMEOUT_S)
+        finally:
             self._end(life)
 
     async def _retire_if_stuck(self, life: _Generation) -> None:
         """A thread that goes on although its episode is over cannot be ended alone: new groups go to a new process,
         and this one ends after those that it has."""
         await asyncio.sleep(STUCK_AFTER_S)
+        if life is not self._now:
+            return
         try:
             stuck = await call(life.actor.handle.stuck.remote(), self._name, CLOSE_TIMEOUT_S)
-        except ServiceError as error:
+        except (ServiceError, DeadlineExceeded) as error:
             _log.warning("%s: %s", self._name, error)
             return
         if stuck and life is self._now:

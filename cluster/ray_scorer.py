@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from rlx.cluster.calls import all_or_first_error
 from rlx.cluster.reward_pool import RewardPool
 from rlx.config import Config
 from rlx.episode import Episode
@@ -22,7 +23,7 @@ class RayScorer:
         self.functions = [RewardPool(name, index, config, of) for index, name in enumerate(config.trl.reward_funcs)]
 
     async def start(self) -> None:
-        await _all_or_first_error([function.start() for function in self.functions])
+        await all_or_first_error([function.start() for function in self.functions])
 
     async def score(
         self, request: GroupRequest, episodes: list[Episode]
@@ -31,7 +32,7 @@ class RayScorer:
         if not given:
             return [no_values(function.name, len(episodes)) for function in self.functions], {}
         group = ScoreRequest.of(request, [episodes[index] for index in given])
-        answers = await _all_or_first_error([function.score(group) for function in self.functions])
+        answers = await all_or_first_error([function.score(group) for function in self.functions])
         metrics = {name: value for _, logged in answers for name, value in logged.items()}
         return [_scatter(outcome, given, len(episodes)) for outcome, _ in answers], metrics
 
@@ -48,13 +49,3 @@ def _scatter(outcome: RewardOutcome, given: list[int], num_episodes: int) -> Rew
         by_index = dict(zip(given, column, strict=True))
         extra[name] = [by_index.get(index) for index in range(num_episodes)]
     return replace(outcome, values=values, extra=extra)
-
-
-async def _all_or_first_error(parts: list[Any]) -> list[Any]:
-    """Results in order; with the first error the others are cancelled."""
-    tasks = [asyncio.ensure_future(part) for part in parts]
-    try:
-        return list(await asyncio.gather(*tasks))
-    finally:
-        for task in tasks:
-            task.cancel()

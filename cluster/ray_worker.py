@@ -88,8 +88,9 @@ class RayWorker:
 
     @property
     def handle(self) -> Any:
-        """Of the actor, for the episodes' processes, which sample there without a detour through the gateway."""
-        return self._actor
+        """Of the actor, for the episodes' processes, which sample there without a detour through the gateway.
+        ServiceUnavailable while it is replaced."""
+        return self._alive()
 
     async def start(self) -> None:
         """Reserve the devices unless they are, make the actor, load the engine. The caller bounds the loading;

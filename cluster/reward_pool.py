@@ -28,7 +28,7 @@ from rlx.cluster.reward_actor import AsyncRewardActor, RewardActor
 from rlx.config import Config
 from rlx.config.sections import RewardLimits
 from rlx.errors import DeadlineExceeded, RlxError, ServiceError, ServiceUnavailable, UserCodeError
-from rlx.processes import shorten
+from rlx.processes import shorten, start_of
 from rlx.rewards.budget import FailureBudget
 from rlx.rewards.scoring import Answer, ScoreRequest, no_values
 from rlx.rewards.sources import kind_of
@@ -219,7 +219,7 @@ class _Process:
     def kill(self) -> None:
         """End it with all that it started, also when it has died by itself. Idempotent; blocks for some 0.1 s."""
         self.actor.kill(_KILL_GRACE_S)
-        if self.actor.pid:
+        if self.actor.pid and start_of(self.actor.pid) in (None, self.actor.start):  # else it is another's by now
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.actor.pid, signal.SIGKILL)
         shorten(self.log)

@@ -79,7 +79,7 @@ class Endpoint:
         """An address and a key for the agent of `ctx`; the same when asked again."""
         if not self._url:
             raise RuntimeError("the endpoint is not started")
-        key = next((key for key, episode in self._episodes.items() if episode.ctx is ctx), None)
+        key = next(iter(self._keys_of(ctx)), None)
         if key is None:
             key = f"rlx-{secrets.token_urlsafe(24)}"
             self._episodes[key] = _Episode(ctx, next(self._numbers))
@@ -87,8 +87,12 @@ class Endpoint:
 
     def unregister(self, ctx: Rollout) -> None:
         """The episode has ended: its requests are cancelled, its key is worth nothing from now on."""
-        for key in [key for key, episode in self._episodes.items() if episode.ctx is ctx]:
+        for key in self._keys_of(ctx):
             self._episodes.pop(key).end()
+
+    def _keys_of(self, ctx: Rollout) -> list[str]:
+        episodes = list(self._episodes.items())  # at once: another episode may be registering in a thread
+        return [key for key, episode in episodes if episode.ctx is ctx]
 
     def _app(self) -> FastAPI:
         app = FastAPI(title="rlx episode endpoint", docs_url=None, redoc_url=None, openapi_url=None)
@@ -110,8 +114,9 @@ class Endpoint:
 
     def _route(self, job: Callable[[Any], _Job]) -> Callable[[Request], Awaitable[Response]]:
         async def route(request: Request) -> Response:
-            episode = self._episode(request)
-            return await _answer(request, episode, job(await _body(request)))
+            self._episode(request)
+            asked = job(await _body(request))
+            return await _answer(request, self._episode(request), asked)  # it may have ended meanwhile
 
         return route
 

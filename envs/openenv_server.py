@@ -190,12 +190,15 @@ class SupervisedServer:
         if process is None:
             return
         below = descendants(process.pid)
-        if grace_s:
-            _signal_group(process.pid, signal.SIGTERM)
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(process.wait(), grace_s)
-        _signal_group(process.pid, signal.SIGKILL)
-        end_processes(below, 0.0)
+        try:
+            if grace_s:
+                _signal_group(process.pid, signal.SIGTERM)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(grace_s):
+                        await process.wait()
+        finally:
+            _signal_group(process.pid, signal.SIGKILL)
+            end_processes(below, 0.0)
         await process.wait()
 
     # --- its supervision
@@ -230,8 +233,11 @@ class SupervisedServer:
         assert self._process is not None
         process, wait, leaks = self._process, self._interval, 0
         while True:
-            with contextlib.suppress(TimeoutError):
-                return f"it ended with {_status(await asyncio.wait_for(process.wait(), wait))}"
+            with contextlib.suppress(
+                TimeoutError
+            ):  # asyncio.wait_for would lose a cancellation at the end of the process
+                async with asyncio.timeout(wait):
+                    return f"it ended with {_status(await process.wait())}"
             shorten(self._path)
             began, fault = time.monotonic(), ""
             try:

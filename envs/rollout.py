@@ -116,6 +116,8 @@ class Rollout:
                 raise ValueError("observe: what the assistant says comes from ctx.turn()")
         self._state.check_length(messages)
         line = self._current()
+        if line.busy:
+            raise RuntimeError("observe: this row is being sampled; await ctx.turn() first")
         if line.plain:
             ids = self.chat.text(*messages)
         elif line.phase == "prompt":

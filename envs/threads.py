@@ -8,6 +8,7 @@ can be replaced. So is a thread that the user's own `asyncio.to_thread` began, a
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import threading
 import time
@@ -66,8 +67,9 @@ class EpisodeOver(BaseException):
 def stuck_threads() -> list[str]:
     """Names of the threads, and of coroutines that ignore their end, which still run although what they work for was
     over more than GRACE_S seconds ago."""
-    for thread in [thread for thread in _abandoned if not thread.is_alive()]:
-        _abandoned.pop(thread, None)
+    for thread in list(_abandoned):  # at once: the episodes' own thread may add to it meanwhile
+        if not thread.is_alive():
+            _abandoned.pop(thread, None)
     now = time.monotonic()
     own = [thread.name for thread, since in list(_abandoned.items()) if now - since > GRACE_S]
     works = [work for work in list(_at_work.values()) if work.over_at is not None and now - work.over_at > GRACE_S]
@@ -87,7 +89,7 @@ async def in_thread(function: Callable[[], T], name: str) -> T:
     outcome: asyncio.Future[T] = loop.create_future()
 
     def settle(set_outcome: Callable[[Any], None], value: Any) -> None:
-        if not loop.is_closed():
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody waits
             loop.call_soon_threadsafe(lambda: None if outcome.done() else set_outcome(value))
 
     def run() -> None:

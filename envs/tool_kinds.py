@@ -19,7 +19,7 @@ _NOT_TOOLS = ("reset", "get_reward", "close", "done")
 @dataclass(frozen=True)
 class Kind:
     """One kind of environment. `methods` are the names of its tools, `schemas` theirs and those of `trl.tools`. `spare`
-    holds the one that was made to look at; the first episode has it."""
+    holds those that no episode has yet, at first the one that was made to look at."""
 
     factory: Callable[[], Any] | None
     methods: tuple[str, ...]

@@ -136,10 +136,13 @@ class ToolLoop:
 
 
 async def _environment(ctx: Rollout, kind: Kind) -> Any:
-    """An environment for one episode; None without a factory."""
-    if kind.spare:
-        return kind.spare.pop()
-    return await _call(kind.factory, _name(ctx, "its constructor")) if kind.factory else None
+    """An environment for one episode; None without a factory. One that was made for an episode which ended meanwhile
+    is the next one's."""
+    if (make := kind.factory) is None:
+        return None
+    while not kind.spare:
+        await in_thread(lambda: kind.spare.append(make()), _name(ctx, "its constructor"))
+    return kind.spare.pop()
 
 
 async def _is_done(ctx: Rollout, environment: Any) -> bool:

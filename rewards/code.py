@@ -136,7 +136,7 @@ def run_python(
 def _sandboxed(spec: dict[str, Any], packages: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """How the code was contained, and the results of the jobs, fewer when they ran out of time."""
     python = {sys.base_prefix, *([sys.prefix] if packages else [])}
-    spec |= {"homes": _homes(), "python": sorted(python), "output_bytes": _OUTPUT_BYTES}
+    spec |= {"homes": _homes(), "python": sorted(python), "output_bytes": _OUTPUT_BYTES, "parent": os.getpid()}
     command = [sys.executable, "-I", *([] if packages else ["-S"]), str(_SANDBOX)]
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,

@@ -42,6 +42,8 @@ _OF_FILES = ("os.chmod", "os.chown", "os.link", "os.mkdir", "os.remove", "os.ren
 def main() -> None:
     spec = json.load(sys.stdin)
     _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != spec["parent"]:  # it ended before it could be a signal
+        sys.exit(1)
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     root, identity = os.geteuid() == 0, (os.geteuid(), os.getegid())
     uid = _FIRST_UID + os.getpid() if root else None

@@ -667,6 +667,35 @@ async def test_after_the_end_of_its_episode_a_key_is_worth_nothing(stage: Stage)
     policy.check(episode)
 
 
+async def test_a_request_that_is_read_at_the_end_of_its_episode_changes_nothing_of_it(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading, ended, real = asyncio.Event(), asyncio.Event(), openai_api._body
+    left: list[asyncio.Task[Any]] = []
+    episodes: list[Rollout] = []
+
+    async def slow(request: Any) -> Any:
+        reading.set()
+        await ended.wait()
+        return await real(request)
+
+    async def function(ctx: Rollout) -> float:
+        episodes.append(ctx)
+        await ask(ctx.openai)
+        monkeypatch.setattr(openai_api, "_body", slow)
+        other = [{"role": "user", "content": "another"}]
+        client = async_client(ctx.openai)
+        left.append(asyncio.create_task(client.chat.completions.create(model="any", messages=other)))
+        await reading.wait()
+        return 1.0
+
+    await stage.group(function, in_turn("4"))
+    ended.set()
+    with pytest.raises(openai.AuthenticationError, match="the episode has ended"):
+        await left[0]
+    assert len(episodes[0]._state.lines) == 1
+
+
 async def test_a_request_that_runs_at_the_end_of_its_episode_is_cancelled_and_answered(stage: Stage) -> None:
     begun, ended = asyncio.Event(), asyncio.Event()
     left: list[asyncio.Task[Any]] = []

@@ -262,6 +262,24 @@ async def test_a_row_that_is_being_sampled_is_not_sampled_twice():
     assert (await first).text == "a"
 
 
+@pytest.mark.parametrize("plain", [True, False])
+async def test_nothing_is_observed_while_a_row_is_sampled(plain: bool):
+    """It would stand before tokens that were not sampled after it."""
+    policy = Policy(chat_of(), ["a", "b"])
+    ctx = _rollout(policy, group("hi") if plain else None)
+    await ctx.turn()
+    policy.gate.clear()
+    going_on = asyncio.create_task(ctx.turn())
+    await policy.asked(2)
+    with pytest.raises(RuntimeError, match="is being sampled"):
+        ctx.observe(_user("x"))
+    policy.gate.set()
+    await going_on
+    [line] = ctx._state.lines
+    assert line.tape.ids().tolist() == [*policy.requests[1].prompt_ids, *policy.requests[1].completion.ids]
+    ctx.observe(_user("x"))
+
+
 @pytest.mark.parametrize(
     ("messages", "says"),
     [([], "at least one"), (["text"], "a message is a dict"), ([{"role": "assistant", "content": "x"}], r"ctx\.turn")],

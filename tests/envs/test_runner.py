@@ -10,6 +10,7 @@ from env_parts import USER, FakeEnvironments, Policy, chat_of, group, runner_of
 
 from rlx.envs import runner as runner_module
 from rlx.envs import state as state_module
+from rlx.envs import threads
 from rlx.envs.errors import EnvLost
 from rlx.envs.rollout import Rollout
 from rlx.envs.runner import Native
@@ -337,6 +338,18 @@ async def test_a_thread_that_the_function_left_behind_is_named_until_it_ends(mon
     release.set()
     assert stuck == ["g, episode 0"]
     await asyncio.get_running_loop().shutdown_default_executor()
+    assert not stuck_threads()
+
+
+async def test_threads_are_counted_while_others_are_left_behind(monkeypatch: pytest.MonkeyPatch):
+    """The process is asked from another thread than that of the episodes."""
+
+    class Ends(threading.Thread):
+        def is_alive(self) -> bool:
+            threads._abandoned[threading.Thread()] = time.monotonic()
+            return False
+
+    monkeypatch.setattr(threads, "_abandoned", {Ends(): 0.0, Ends(): 0.0})
     assert not stuck_threads()
 
 

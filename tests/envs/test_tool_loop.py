@@ -12,9 +12,11 @@ import pytest
 from env_parts import chat_of, tiny_tokenizer
 from rollout_parts import Policy, config_of, episodes_of, trained
 
+from rlx.config.sections import EpisodesSection
 from rlx.dotted import resolve
 from rlx.envs.chat import Chat
 from rlx.envs.load import load_rollout
+from rlx.envs.runner import EpisodeRunner
 from rlx.envs.threads import stuck_threads
 from rlx.episode import Episode
 from rlx.errors import ConfigError, RlxError
@@ -385,6 +387,38 @@ def hang() -> str:
         if thread.name.startswith("hang of"):
             await asyncio.to_thread(thread.join, 10)
     assert not stuck_threads()
+
+
+async def test_an_environment_that_is_made_too_late_is_the_next_episodes(tmp_path):
+    """Nobody would close it; whatever it holds would stay."""
+    source = """
+import threading
+go, made = threading.Event(), []
+class Env:
+    def __init__(self):
+        made.append(self)
+        if len(made) == 2:
+            go.wait(60)
+        self.closed = 0
+    def reset(self, **row): ...
+    def close(self): self.closed += 1
+"""
+    config = config_of(written(tmp_path, source), environment_factory="mine.Env")
+    function = load_rollout(config, chat_of()).function
+    request = GroupRequest("group", QUESTION, chat_of().start(QUESTION), 1, Sampling(max_tokens=99))
+
+    async def status(seconds: float) -> str:
+        runner = EpisodeRunner(function, chat_of(), EpisodesSection(timeout=seconds), max_model_len=8192)
+        [episode] = await runner.run(Policy(chat_of(), lambda _: "done"), request)
+        return episode.status
+
+    assert [await status(30.0), await status(0.3)] == ["ok", "timeout"]
+    resolve("mine.go.set", base_dir=tmp_path, key="test")()
+    for thread in threading.enumerate():
+        if thread.name.startswith("its constructor of"):
+            await asyncio.to_thread(thread.join, 10)
+    assert await status(30.0) == "ok"
+    assert [environment.closed for environment in made(tmp_path)] == [1, 1]
 
 
 @pytest.mark.parametrize(

@@ -99,15 +99,13 @@ def test_replacing_exec_changes_nothing():
 
 
 def test_an_infinite_loop_is_killed_at_the_deadline_and_what_passed_before_counts():
-    start = time.monotonic()
-    result = run_python("def f(x):\n    while x: pass\n", ["f(0)", "f(1)", "f(0)"], timeout_s=1)
+    result = run_python("def f(x):\n    while x: pass\n", ["f(0)", "f(1)", "f(0)"], timeout_s=2)
     assert (result.status, result.passed, result.total) == ("timeout", 1, 3)
-    assert time.monotonic() - start < 6
 
 
 def test_a_deadline_holds_for_all_inputs_of_a_program():
     pairs = [{"input": "", "output": ""}, {"input": "x", "output": ""}, {"input": "", "output": ""}]
-    result = run_python("import sys\nwhile sys.stdin.read(): sys.stdin.seek(0)\n", pairs, timeout_s=1)
+    result = run_python("import sys\nwhile sys.stdin.read(): sys.stdin.seek(0)\n", pairs, timeout_s=2)
     assert (result.status, result.passed, result.total) == ("timeout", 1, 3)
 
 
@@ -231,6 +229,13 @@ def test_killing_the_process_that_runs_the_code_ends_the_code():
     wait_until(lambda: not (descendants(1).items() & below.items()))
 
 
+def test_code_does_not_run_when_its_parent_has_ended_before_it_could_be_told():
+    spec = {"namespaces": False, "jobs": [], "timeout_s": 1, "parent": 1}
+    command = [sys.executable, "-I", "-S", str(code_reward._SANDBOX)]
+    done = subprocess.run(command, input=json.dumps(spec).encode(), capture_output=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (1, b"")
+
+
 # --- without namespaces
 
 
@@ -266,7 +271,7 @@ def as_ordinary_user(code: str, tests: list[str], namespaces: bool) -> tuple[dic
         os.chmod(folder, 0o777)
         spec = {"code": code, "jobs": [{"tests": tests}], "timeout_s": 10, "memory_mib": 512, "disk_mib": 16,
                 "processes": 16, "homes": [], "python": [], "output_bytes": 1000,
-                "namespaces": namespaces}  # fmt: skip
+                "namespaces": namespaces, "parent": os.getpid()}  # fmt: skip
         source = Path(folder) / "sandbox.py"
         source.write_text(code_reward._SANDBOX.read_text())
         done = subprocess.run(
@@ -333,9 +338,13 @@ def test_the_reward_is_the_share_of_tests_passed():
 
 
 def test_the_completions_of_a_group_run_side_by_side():
-    start = time.monotonic()
-    assert reward([fenced("import time; time.sleep(2)")] * 4, tests=[["assert True"]] * 4) == [1.0] * 4
-    assert time.monotonic() - start < 7
+    together = threading.Barrier(4, timeout=60)
+
+    def runner(code, tests):
+        together.wait()
+        return CodeResult("passed", 1, 1)
+
+    assert grade([fenced("x = 1")] * 4, [["assert True"]] * 4, runner) == [CodeResult("passed", 1, 1)] * 4
 
 
 def test_by_its_name_it_takes_a_test_program_and_an_entry_point_and_logs_how_it_went(tmp_path):
@@ -386,12 +395,15 @@ def test_the_example_of_the_guide_grades_with_limits_of_its_own(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("script", "message"),
-    [("import time; time.sleep(100)", "did not end in 0.1 s"), ("raise ValueError('no')", "failed: .*ValueError: no")],
+    ("script", "grace_s", "message"),
+    [
+        ("import time; time.sleep(1000)", 0.2, "did not end in 0.1 s"),
+        ("raise ValueError('no')", 60, "failed: .*ValueError: no"),
+    ],
 )
-def test_a_sandbox_that_hangs_or_fails_is_an_error_and_not_a_verdict(tmp_path, monkeypatch, script, message):
+def test_a_sandbox_that_hangs_or_fails_is_an_error_and_not_a_verdict(tmp_path, monkeypatch, script, grace_s, message):
     (tmp_path / "sandbox.py").write_text(script)
     monkeypatch.setattr(code_reward, "_SANDBOX", tmp_path / "sandbox.py")
-    monkeypatch.setattr(code_reward, "_GRACE_S", 0.2)
+    monkeypatch.setattr(code_reward, "_GRACE_S", grace_s)
     with pytest.raises(ServiceError, match=f"(?s){message}"):
         run_python("x = 1", ["assert x"], timeout_s=0.1)
