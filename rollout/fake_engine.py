@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 
 from rlx.errors import RequestTooLong, ServiceUnavailable, WeightSyncError
-from rlx.rollout.manifest import TensorSpec, WeightManifest, check_adapter, check_file, check_manifest, fingerprint
+from rlx.rollout.manifest import WeightManifest, check_adapter, check_file, check_manifest, fingerprint
 from rlx.rollout.worker import EngineLoad, Taken
+from rlx.safetensors_layout import TensorSpec
 from rlx.wire import Completion, Sampling
 
 END = 0

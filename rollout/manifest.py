@@ -7,7 +7,6 @@ then comes against the announcement.
 
 from __future__ import annotations
 
-import json
 import operator
 import re
 import struct
@@ -20,21 +19,13 @@ import xxhash
 
 from rlx.errors import ModelError, WeightSyncError, WireError
 from rlx.frame import reading
+from rlx.safetensors_layout import TensorSpec, read_specs
 
 _LOADABLE = {"F32", "BF16", "F16"}
 _TIED_HEAD = "lm_head.weight"
 _SAME_YAML = "start the service from the YAML of the run (adapter, lora_sync, lora_r)"
 _OF_ADAPTER = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<half>[AB])\.weight")
 """PEFT's names"""
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """Name, dtype (safetensors code such as BF16) and shape of one parameter, in the Hugging Face naming."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -118,42 +109,19 @@ def fingerprint(data: bytes | memoryview) -> str:
     return xxhash.xxh3_128_hexdigest(data)
 
 
-def read_layout(data: bytes | memoryview) -> dict[str, tuple[TensorSpec, int, int]]:
-    """name → (spec, first byte, end byte) of each tensor in the bytes of a safetensors file."""
-    size = struct.unpack("<Q", data[:8])[0]
-    header = json.loads(bytes(data[8 : 8 + size]))
-    header.pop("__metadata__", None)
-    start = 8 + size
-    return {
-        name: (
-            TensorSpec(name, entry["dtype"], tuple(entry["shape"])),
-            start + entry["data_offsets"][0],
-            start + entry["data_offsets"][1],
-        )
-        for name, entry in header.items()
-    }
-
-
 def checkpoint_specs(folder: Path) -> tuple[TensorSpec, ...]:
     """Every tensor of the safetensors files in a model's folder."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ModelError(f"{folder} has no *.safetensors file; save the model with save_pretrained to get one")
-    specs = []
-    for file in files:
-        with file.open("rb") as stream:
-            (size,) = struct.unpack("<Q", head := stream.read(8))
-            specs += [spec for spec, _, _ in read_layout(head + stream.read(size)).values()]
-    return tuple(specs)
+    return tuple(spec for file in files for spec in read_specs(file))
 
 
 def check_file(manifest: WeightManifest, path: Path) -> None:
     """WeightSyncError unless `path` is a safetensors file with exactly the announced tensors. Reads its header only."""
     label = f"weights {manifest.version}"
     try:
-        with path.open("rb") as stream:
-            (size,) = struct.unpack("<Q", head := stream.read(8))
-            found = {spec for spec, _, _ in read_layout(head + stream.read(min(size, manifest.nbytes))).values()}
+        found = set(read_specs(path, at_most=manifest.nbytes))
     except (OSError, struct.error, ValueError) as error:
         raise WeightSyncError(f"{label}: {path} cannot be read as safetensors: {error}") from error
     if odd := sorted(found ^ set(manifest.tensors), key=lambda t: t.name):

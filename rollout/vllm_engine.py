@@ -19,13 +19,14 @@ from rlx.errors import (
     ServiceUnavailable,
     WeightSyncError,
 )
-from rlx.rollout.manifest import TensorSpec, WeightManifest, check_adapter, check_file, check_manifest, checkpoint_specs
+from rlx.rollout.manifest import WeightManifest, check_adapter, check_file, check_manifest, checkpoint_specs
 from rlx.rollout.vllm_load import LoadMeter
 from rlx.rollout.vllm_params import VllmOptions, engine_args, prompt_logprobs_params, sampling_params
 from rlx.rollout.vllm_start import first_cause, forget_environment, prepare_environment, reason
 from rlx.rollout.vllm_update import adapter_from_file, join_nccl, stage_file, update_from_file, update_over_nccl
 from rlx.rollout.vllm_versions import TokenVersions
 from rlx.rollout.worker import EngineLoad, Taken
+from rlx.safetensors_layout import TensorSpec
 from rlx.wire import Completion, Sampling
 
 _SHUTDOWN_S = 2.5

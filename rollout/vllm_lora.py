@@ -18,6 +18,7 @@ from vllm.model_executor.models.interfaces import supports_lora
 from vllm.model_executor.models.registry import ModelRegistry
 
 from rlx.rollout import manifest
+from rlx.safetensors_layout import read_layout
 
 _NUMBER = 1
 
@@ -41,7 +42,7 @@ def load_adapter(worker: Any, path: str, nbytes: int, fingerprint: str, version:
         return report
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         report["fingerprint"] = manifest.fingerprint(memoryview(data))
-        layout = manifest.read_layout(memoryview(data))
+        layout = read_layout(memoryview(data))
     if report["fingerprint"] != fingerprint:
         return report
     with tempfile.TemporaryDirectory(prefix="rlx-adapter-") as folder:

@@ -25,10 +25,11 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from rlx.rollout.manifest import fingerprint, read_layout
+from rlx.rollout.manifest import fingerprint
 from rlx.rollout.vllm_lora import load_adapter
 from rlx.rollout.vllm_shadow import Shadow, has_room, share, tied_heads
 from rlx.rollout.vllm_start import HOST_PID
+from rlx.safetensors_layout import read_layout
 
 BACKEND = "rlx_file"
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

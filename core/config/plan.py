@@ -5,15 +5,14 @@ Batch sizes are solved, not rejected: an optimizer step always holds whole group
 
 from __future__ import annotations
 
-import json
 import math
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 
 from rlx.config.schema import Config
 from rlx.config.sharding import check_sharding
 from rlx.errors import ConfigError
+from rlx.safetensors_layout import read_specs
 
 _GIB = 2**30
 
@@ -173,8 +172,5 @@ def count_parameters(folder: Path) -> int | None:
     """Parameters of a local model, read from the headers of its safetensors files; None when there are none."""
     total = 0
     for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb") as stream:
-            (size,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(size))
-        total += sum(math.prod(t["shape"]) for name, t in header.items() if name != "__metadata__")
+        total += sum(math.prod(tensor.shape) for tensor in read_specs(file))
     return total or None

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from rlx.learner.durable import digest, settle, write_atomically
 from rlx.learner.policy import kept
 from rlx.learner.policy.adapters import WEIGHTS, check_checkpoint
 from rlx.learner.policy.kept import CHECKPOINT_MARKER
+from rlx.safetensors_layout import read_specs
 
 _FORMAT = 2
 """1 had neither `format` nor `files` in the marker; it is read."""
@@ -153,7 +153,7 @@ def check_model(point: ResumePoint, model: nn.Module, base_model: str) -> None:
     """Raises ConfigError where the checkpoint's weights do not belong to `model`."""
     is_adapter = isinstance(model, PeftModel)
     files = point.folder.glob(WEIGHTS if is_adapter else "model*.safetensors")
-    there = {name: shape for file in files for name, shape in _shapes(file).items()}
+    there = {tensor.name: tensor.shape for file in files for tensor in read_specs(file)}
     if not there:
         return  # in another format; whoever reads it looks
     state = (
@@ -178,14 +178,6 @@ def check_model(point: ResumePoint, model: nn.Module, base_model: str) -> None:
 
 def _said(shape: tuple[int, ...] | None) -> str:
     return "none" if shape is None else str(list(shape))
-
-
-def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """Of the tensors of a safetensors file, from its header."""
-    with file.open("rb") as stream:
-        (size,) = struct.unpack("<Q", stream.read(8))
-        header = json.loads(stream.read(size))
-    return {name: tuple(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__"}
 
 
 def save_final(

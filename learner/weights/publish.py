@@ -8,7 +8,6 @@ Not here: when to publish (`incoming/feed.py`), the format of a difference (`rol
 
 from __future__ import annotations
 
-import json
 import math
 import threading
 import time
@@ -29,7 +28,8 @@ from rlx.learner.weights.handoff import Buffers
 from rlx.learner.weights.parity import ProbeIds, probe_logprobs
 from rlx.rollout import delta
 from rlx.rollout.client import PhaseTimes, RolloutClient
-from rlx.rollout.manifest import Offer, Probe, TensorSpec, WeightManifest, fingerprint
+from rlx.rollout.manifest import Offer, Probe, WeightManifest, fingerprint
+from rlx.safetensors_layout import TensorSpec, layout_of
 
 LoraSync = Literal["adapter", "merged"]
 _CODES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
@@ -225,7 +225,7 @@ def pack(
     weights = _weights(model, lora_sync)
     tensors = tuple(TensorSpec(name, _CODES[dtype], w.shape) for name, w in weights.items())
     ends = np.cumsum([0, *(math.prod(t.shape) * dtype.itemsize for t in tensors)]).tolist()
-    head = _header(tensors, ends)
+    head = layout_of(tensors, ends)
     nbytes, offer = len(head) + ends[-1], None
     if buffers is not None:
         payload, offer = buffers.take(nbytes)
@@ -238,14 +238,3 @@ def pack(
             place = torch.frombuffer(payload, dtype=dtype, count=value.numel(), offset=len(head) + start)
             place.view(tensor.shape).copy_(value)
     return Packed(payload.toreadonly(), tensors, dtype.itemsize, probe, adapter_files(model), offer=offer)
-
-
-def _header(tensors: tuple[TensorSpec, ...], ends: list[int]) -> bytes:
-    """What a safetensors file begins with: the length of its JSON, then that, filled up to a multiple of 8."""
-    entries = {
-        t.name: {"dtype": t.dtype, "shape": t.shape, "data_offsets": [start, end]}
-        for t, start, end in zip(tensors, ends, ends[1:], strict=False)
-    }
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text

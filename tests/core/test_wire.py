@@ -16,7 +16,8 @@ from hypothesis.extra import numpy as arrays
 from rlx.episode import Episode, Row, StepReward
 from rlx.errors import WireError
 from rlx.frame import decode_frame, encode_frame
-from rlx.rollout.manifest import TensorSpec, WeightManifest
+from rlx.rollout.manifest import WeightManifest
+from rlx.safetensors_layout import TensorSpec
 from rlx.wire import GroupRequest, GroupResult, GroupTimes, RewardOutcome, Sampling
 
 FUZZ = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])  # machines are shared

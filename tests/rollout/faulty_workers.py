@@ -19,10 +19,11 @@ import xxhash
 from rlx.config.sections import AsyncSection, ServiceSection
 from rlx.errors import ModelError, ServiceUnavailable, WeightSyncError
 from rlx.rollout.fleet import Fleet
-from rlx.rollout.manifest import Probe, TensorSpec, WeightManifest
+from rlx.rollout.manifest import Probe, WeightManifest
 from rlx.rollout.supervisor import Supervisor
 from rlx.rollout.weight_updates import UpdateTimes, WeightUpdates
 from rlx.rollout.worker import NoDevices, Taken, WorkerStatus
+from rlx.safetensors_layout import TensorSpec
 from rlx.wire import Completion, Sampling
 
 T = TypeVar("T")

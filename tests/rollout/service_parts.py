@@ -18,9 +18,10 @@ from rlx.episode import Episode
 from rlx.errors import ServiceUnavailable, WeightSyncError
 from rlx.rollout.app import create_app
 from rlx.rollout.gateway import bind, serving
-from rlx.rollout.manifest import TensorSpec, WeightManifest
+from rlx.rollout.manifest import WeightManifest
 from rlx.rollout.service import RolloutService
 from rlx.rollout.worker import Taken, WorkerStatus
+from rlx.safetensors_layout import TensorSpec
 from rlx.wire import Completion, GroupRequest, RewardOutcome, Sampling
 
 TOKEN = "a-token-of-the-tests"

@@ -15,7 +15,8 @@ from weight_updates import model_tensors, random_adapter, train_a_little, write_
 
 from rlx.errors import RequestTooLong, WeightSyncError
 from rlx.rollout.fake_engine import FakeEngine
-from rlx.rollout.manifest import TensorSpec, WeightManifest, read_layout
+from rlx.rollout.manifest import WeightManifest
+from rlx.safetensors_layout import TensorSpec, read_layout
 from rlx.wire import Sampling
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")

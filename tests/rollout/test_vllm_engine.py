@@ -15,10 +15,11 @@ import pytest
 from vllm_parts import tiny_model, vllm_options
 
 from rlx.errors import ModelError, ServiceError
-from rlx.rollout.manifest import TensorSpec, WeightManifest
+from rlx.rollout.manifest import WeightManifest
 from rlx.rollout.vllm_engine import VllmEngine
 from rlx.rollout.vllm_update import join_nccl, update_over_nccl
 from rlx.rollout.vllm_versions import TokenVersions
+from rlx.safetensors_layout import TensorSpec
 from rlx.wire import Sampling
 
 HOST = """

@@ -18,7 +18,8 @@ from rlx.errors import DeadlineExceeded, WeightBaseMismatch, WeightSyncError
 from rlx.rollout import delta, weights_store
 from rlx.rollout.engine_worker import EngineWorker
 from rlx.rollout.fake_engine import FakeEngine
-from rlx.rollout.manifest import TensorSpec, WeightManifest
+from rlx.rollout.manifest import WeightManifest
+from rlx.safetensors_layout import TensorSpec
 from rlx.wire import Sampling
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from rlx.rollout.manifest import WeightManifest, checkpoint_specs, fingerprint, read_layout
+from rlx.rollout.manifest import WeightManifest, checkpoint_specs, fingerprint
+from rlx.safetensors_layout import read_layout
 
 PROMPT = np.arange(5, 69, dtype=np.int32)
 

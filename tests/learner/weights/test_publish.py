@@ -22,7 +22,8 @@ from rlx.errors import ServiceUnavailable, WeightBaseMismatch, WeightSyncError
 from rlx.learner.weights.publish import Publisher, pack
 from rlx.rollout import delta
 from rlx.rollout.client import PhaseTimes, RolloutClient
-from rlx.rollout.manifest import WeightManifest, checkpoint_specs, fingerprint, read_layout
+from rlx.rollout.manifest import WeightManifest, checkpoint_specs, fingerprint
+from rlx.safetensors_layout import read_layout
 
 
 def tiny(folder: Path, tie: bool) -> PreTrainedModel:

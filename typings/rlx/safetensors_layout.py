@@ -1,0 +1,1 @@
+../../core/safetensors_layout.py
