@@ -32,7 +32,7 @@ from rlx.learner.objective.entropy import EntropyBonus, high_entropy
 from rlx.learner.objective.loss_metrics import LossMetrics
 from rlx.learner.objective.losses import LossOptions, policy_loss
 from rlx.learner.policy.adapters import WEIGHTS, saved_tensors, without_adapter
-from rlx.learner.policy.checkpoints import clear, seal
+from rlx.learner.policy.checkpoints import base_fingerprint, clear, seal
 from rlx.learner.policy.kept import CHECKPOINT_MARKER, drop_older
 from rlx.learner.policy.reference import load_reference, mix_into, save_reference
 from rlx.learner.policy.sharding import load_whole, prepare_fsdp, shard, whole_state
@@ -65,6 +65,7 @@ class GRPOTrainer(Trainer):
         callbacks: list[TrainerCallback],
         on_trained: Callable[[], None] = lambda: None,
     ):
+        self._base = base_fingerprint(model) if ranks.rank == 0 else None
         super().__init__(model=model, args=arguments, processing_class=tokenizer, callbacks=callbacks)
         self._config, self._ranks, self._options = config, ranks, loss_options(config)
         self._reference = self._placed(reference) if reference is not None else None
@@ -264,6 +265,8 @@ class GRPOTrainer(Trainer):
         if self._ranks.rank == 0:
             self._save_open_batch(folder)
             state = {"step": self.state.global_step, "optimizer": self._config.optimizer, **self._feed_state()}
+            if self._base is not None:
+                state["base"] = self._base
             if self._bonus.adaptive:
                 state["entropy_bonus"] = self._bonus.state()
             seal(folder, state)

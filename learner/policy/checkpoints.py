@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -29,6 +30,8 @@ from rlx.safetensors_layout import read_specs
 
 _FORMAT = 2
 """1 had neither `format` nor `files` in the marker; it is read."""
+_LOOKED_AT = 256
+"""Elements of each parameter that tell one base model from another"""
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,8 @@ class ResumePoint:
     ledger: dict[str, Any] | None
     saved_at: float
     """Seconds since 1970. The newest is not always that of the most steps: a folder may hold those of two runs."""
+    base: str | None = None
+    """`base_fingerprint` of the model that the adapter was trained on"""
 
     @property
     def feed_state(self) -> dict[str, Any]:
@@ -127,7 +132,9 @@ def _read(config: Config, folder: Path) -> ResumePoint:
 
     try:
         state = json.loads((folder / CHECKPOINT_MARKER).read_bytes())
-        point = ResumePoint(folder, state["step"], state["weight_version"], state.get("ledger"), state["saved_at"])
+        point = ResumePoint(
+            folder, state["step"], state["weight_version"], state.get("ledger"), state["saved_at"], state.get("base")
+        )
     except (ValueError, KeyError, TypeError) as error:
         raise refuse(f"is damaged: {CHECKPOINT_MARKER} is not readable ({error})") from error
     if (version := state.get("format", 1)) not in (1, _FORMAT):
@@ -174,6 +181,27 @@ def check_model(point: ResumePoint, model: nn.Module, base_model: str) -> None:
             f"{_said(there.get(wrong))} there and {_said(here.get(wrong))} here. Nothing was changed. Name the model of that run, "
             "or another output_dir to start anew."
         )
+    if point.base not in (None, base_fingerprint(model)):
+        raise ConfigError(
+            f"the adapter of the checkpoint {point.folder} was trained on other weights than those of base_model "
+            f"({base_model}), or they are quantized in another way here. Nothing was changed. Name the model of that run, or "
+            "another output_dir to start anew."
+        )
+
+
+def base_fingerprint(model: nn.Module) -> str | None:
+    """XXH3 of elements spread over all frozen parameters of a model with an adapter, rounded to bfloat16, so that a run may
+    load the same weights in another dtype; None without an adapter, as a checkpoint then holds the whole model."""
+    if not isinstance(model, PeftModel):
+        return None
+    found = xxhash.xxh3_128()
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            values = parameter.detach().flatten()
+            values = values[:: max(1, len(values) // _LOOKED_AT)]
+            values = values.to(torch.bfloat16) if values.is_floating_point() else values
+            found.update(values.contiguous().cpu().view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def _said(shape: tuple[int, ...] | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from fake_service import Served, config_for, lines, serve, write_run
 from learner_process import run
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load, load_file
+from safetensors.torch import load, load_file, save_file
 from tiny_models import make_tiny_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
@@ -31,6 +32,7 @@ from rlx.learner.policy.adapters import (
     with_adapter,
     without_adapter,
 )
+from rlx.learner.policy.checkpoints import base_fingerprint
 from rlx.learner.policy.model import load_model
 from rlx.learner.weights.parity import probe_logprobs
 from rlx.learner.weights.publish import pack
@@ -294,6 +296,20 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path) -> N
     assert any(not torch.equal(first[name], tensor) for name, tensor in whole.items())
 
 
+def test_the_base_of_an_adapter_is_known_in_any_dtype_and_told_from_another(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    model = with_adapter(load_model(config), config)
+    known = base_fingerprint(model)
+    assert known == base_fingerprint(with_adapter(load_model(config).to(torch.bfloat16), config))
+    with torch.no_grad():
+        next(p for p in model.parameters() if p.requires_grad).add_(1)
+    assert base_fingerprint(model) == known
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if "layers.1.post_attention_layernorm" in name).add_(0.1)
+    assert base_fingerprint(model) != known
+    assert base_fingerprint(load_model(config)) is None
+
+
 def test_a_checkpoint_of_another_kind_of_training_is_refused_before_anything_starts(tmp_path: Path) -> None:
     path = write_run(tmp_path, max_steps=1, save_steps=1, test_datasets=None, **LORA)
     start = tmp_path / "out" / "checkpoint-1"
@@ -309,6 +325,13 @@ def test_a_checkpoint_of_another_kind_of_training_is_refused_before_anything_sta
             match=r"checkpoint-1 is of another model .* or its adapter of other layers: .*down_proj\S+ has shape \[.*\] there and none",
         ):
             train(config_for(path, served, lora_target_linear=False, lora_target_modules=["q_proj"], **asked), 1)
+        other = tmp_path / "other"
+        shutil.copytree(tmp_path / "model", other)
+        weights = load_file(other / "model.safetensors")
+        weights["model.layers.0.mlp.down_proj.weight"] *= 1.5
+        save_file(weights, other / "model.safetensors", {"format": "pt"})
+        with pytest.raises(ConfigError, match=r"checkpoint-1 was trained on other weights than those of base_model"):
+            train(config_for(path, served, base_model=str(other), **asked), 1)
         whole = write_run(tmp_path / "whole", max_steps=1, save_steps=1, test_datasets=None)
         with pytest.raises(ConfigError, match=r"checkpoint-1 is of an adapter; write `adapter: lora`"):
             train(config_for(whole, served, **asked), 1)
