@@ -36,6 +36,10 @@ __path__: list[str] = []  # lets the import system look for `rlx.dotted.<folder>
 _STDLIB = os.path.dirname(os.__file__)
 _MACHINERY = ("<frozen importlib", f"{_STDLIB}/importlib/", f"{_STDLIB}/asyncio/", __file__)
 _MISSING = object()
+_FORMATS_OF_AXOLOTL = (
+    *("alpaca", "alpaca_chat", "bradley_terry", "chat_template", "chatml", "completion", "input_output", "llama3"),
+    *("metharme", "oasst", "pygmalion", "sharegpt", "stepwise_supervised", "user_defined", "zephyr"),
+)
 
 
 def resolve(name: str, *, base_dir: Path, key: str, main: str | None = None) -> Callable[..., Any]:
@@ -236,6 +240,11 @@ def _not_found(site: _Site, parts: list[str]) -> str:
     module, function = parts[0], parts[-1]
     looked = f"Looked for {site.base / module}.py, for a package {site.base / module}, and for an installed module"
     text = f"no module called {module!r}. {looked}."
+    if module in _FORMATS_OF_AXOLOTL and site.key.endswith(".type"):
+        return (
+            f"{module} is one of Axolotl's formats for supervised or preference data. GRPO needs a function of yours that makes "
+            "a prompt of a row: write `type: file.function`, for a file next to the YAML; see examples/quickstart/rewards.py."
+        )
     definition = re.compile(rf"^(?:async\s+)?def\s+{re.escape(function)}\b", re.MULTILINE)
     for file in sorted(site.base.glob("*.py")):
         if definition.search(file.read_text(encoding="utf-8", errors="replace")):

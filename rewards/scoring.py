@@ -225,11 +225,19 @@ async def _score_beside(reward: Reward, request: ScoreRequest, log: RewardLog, t
         return _raised(reward, error, log.num_completions)
 
 
+_OF_LISTS = ("'list' object has no attribute", "expected string or bytes-like object, got 'list'")
+
+
 def _raised(reward: Reward, error: BaseException, num_completions: int) -> RewardOutcome:
     if isinstance(error, UserCodeError):  # of a built-in reward: the data set is not what it needs
         raise reward.error(str(error)) from error
     trace = user_traceback(error, hide=[__file__])
-    return reward.failed("exception", num_completions, f"raised {type(error).__name__}.\n{trace}")
+    told = f"raised {type(error).__name__}.\n{trace}"
+    if str(error).startswith(_OF_LISTS):
+        told += (
+            '\nWhere prompts are chat messages, completions are, too: the text of one is `completion[0]["content"]`.'
+        )
+    return reward.failed("exception", num_completions, told)
 
 
 def read_values(reward: Reward, result: Any, num_completions: int) -> RewardOutcome:

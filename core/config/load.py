@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from rlx.config.refusals import METHODS_ELSEWHERE, REFUSED, VALUE_HINTS
+from rlx.config.refusals import METHODS_ELSEWHERE, REFUSED, RENAMED, VALUE_HINTS
 from rlx.config.schema import Config
 from rlx.config.section import keys_of
 from rlx.config.source import KeyPath, Source, dotted, read_source
@@ -115,7 +115,11 @@ def _nearest(name: str, model: type[BaseModel], at: KeyPath) -> str:
         inner, many = _section_of(field.annotation)
         if inner is not None:
             everywhere |= {key: f"{section}[].{key}" if many else f"{section}.{key}" for key in keys_of(inner)}
-    if name not in everywhere and (close := difflib.get_close_matches(name, keys_of(model), n=1, cutoff=0.6)):
+    if name in RENAMED:
+        return f" Here it is {RENAMED[name]!r}."
+    if not at and difflib.get_close_matches(name, ("num_processes",), cutoff=0.8):
+        return " Did you mean the option --num-processes of `rlx train`, `rlx run` and `rlx check`?"
+    if name not in everywhere and (close := difflib.get_close_matches(name, keys_of(model), n=1, cutoff=0.7)):
         return f" Did you mean {dotted((*at, close[0]))!r}?"
     close = difflib.get_close_matches(name, everywhere, n=1, cutoff=0.8)
     return f" Did you mean {everywhere[close[0]]!r}?" if close else " docs/configuration.md lists every key."
@@ -129,7 +133,11 @@ def _without_refused(data: dict[str, Any], at: tuple[str, ...] = ()) -> dict[str
         inner = keys_of(Config)[name].annotation if not at and name in keys_of(Config) else None
         if value is None and isinstance(inner, type) and issubclass(inner, BaseModel):
             continue
-        kept[name] = _without_refused(value, (*at, str(name))) if isinstance(value, dict) and not at else value
+        if not at and isinstance(value, dict):
+            value = _without_refused(value, (str(name),))
+        elif not at and isinstance(value, list):
+            value = [_without_refused(item, (str(name),)) if isinstance(item, dict) else item for item in value]
+        kept[name] = value
     # A key written with no value means "the default", as in Axolotl; required keys stay missing.
     return {name: value for name, value in kept.items() if value is not None}
 
@@ -151,6 +159,8 @@ def _explain(source: Source, item: dict[str, Any]) -> str:
     hint = VALUE_HINTS.get((flat, value)) if isinstance(value, str | int) else None
     if hint:
         return f"{where}: {flat}: {hint}"
+    if item["type"] == "list_type" and isinstance(value, str | dict):
+        message = f"Write a list: `{key[-1]}: [{value if isinstance(value, str) else '{...}'}]`, or each with a dash"
     return f"{where}: {flat}: {value!r} cannot be used. {message}. {_meaning(key)}"
 
 

@@ -91,11 +91,15 @@ def make_plan(config: Config, num_processes: int = 1) -> Plan:
         completions = per_pass * accumulation
     if accumulation != asked:
         notes.append(
-            f"gradient_accumulation_steps is {accumulation} instead of {asked}, so that a step holds {completions // group} "
-            f"whole groups of {group} ({config.micro_batch_size} × {accumulation} × {num_processes} processes ≥ {completions} completions)"
+            f"gradient_accumulation_steps is {accumulation} instead of {asked}, so that a step holds "
+            f"{_count(completions // group, 'whole group')} of {group} ({config.micro_batch_size} × {accumulation} × {_count(num_processes, 'process', 'es')} ≥ {completions} completions)"
         )
     notes += _second_looks(config)
     return Plan(num_processes, group, completions, accumulation, tuple(notes), num_iterations=iterations)
+
+
+def _count(number: int, noun: str, ending: str = "s") -> str:
+    return f"{number} {noun}{'' if number == 1 else ending}"
 
 
 def _steps_per_pass(config: Config, per_micro_batch: int) -> int:

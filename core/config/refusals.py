@@ -60,6 +60,36 @@ REFUSED: dict[str, Refusal] = {
     **_refuse("save_only_model", "a checkpoint without optimizer cannot be resumed", _REMOVE),
     **_refuse("early_stopping_patience loss_watchdog_threshold loss_watchdog_patience", "it watches a supervised loss", _REMOVE),
     **_refuse("plugins", "Axolotl's plugins are not loaded", _REMOVE, (None, False, [])),
+    **_refuse("model_type tokenizer_type processor_type", "transformers takes the class from the model's own files", _REMOVE,
+              (None, "", "AutoModelForCausalLM", "AutoTokenizer")),
+    **_refuse("base_model_config base_model_ignore_patterns tokenizer_use_fast tokenizer_legacy is_falcon_derived_model is_llama_derived_model "
+              "is_qwen_derived_model is_mistral_derived_model", "model and tokenizer are used as they were saved", _REMOVE, (None, False, "", [])),
+    **_refuse("rope_scaling resize_token_embeddings_to_32x", "learner and rollout workers read it from the model's folder",
+              "Save the model with it once, and name that folder in `base_model`.", (None, False, "", {})),
+    **_refuse("neftune_noise_alpha noisy_embedding_alpha", "noise would part the learner's policy from the workers'", _REMOVE, (None, 0)),
+    **_refuse("bnb_4bit_quant_type bnb_4bit_use_double_quant", "it stands with bitsandbytes' other arguments", "Write `bnb_config_kwargs: {KEY: VALUE}`.", (None, "")),
+    **_refuse("gptq llm_int8_has_fp16_weight", "base models are quantised to 4 bits only", "Write `adapter: qlora`, or remove the key."),
+    **_refuse("loftq_config lora_on_cpu relora relora_steps relora_warmup_steps relora_anneal_steps relora_prune_ratio relora_cpu_offload",
+              "it is not supported", _REMOVE, (None, False, "", {})),
+    **_refuse("torch_compile torch_compile_backend torch_compile_mode flash_attn_cross_entropy flash_attn_rms_norm flash_attn_fuse_qkv "
+              "flash_attn_fuse_mlp flash_optimum", "the learner's kernels are those of transformers and Liger",
+              "Remove the key; Liger's are `use_liger_kernel: true`.", (None, False, "")),
+    **_refuse("local_rank world_size device_map gpu_memory_limit max_memory ddp ddp_timeout ddp_bucket_cap_mb ddp_broadcast_buffers "
+              "ddp_find_unused_parameters", "`rlx train` starts the learner's processes, one to a device, and joins them", _REMOVE, (None, False, "")),
+    **_refuse("evals_per_epoch eval_strategy evaluation_strategy do_eval", "held-out prompts are evaluated every so many steps", "Write `eval_steps: N`.",
+              (None, False, "", 0, "no", "steps")),
+    **_refuse("save_safetensors", "nothing is written but safetensors", _REMOVE, (None, True, "")),
+    **_refuse("optim_args optim_target_modules", "an optimizer's arguments have keys of their own", "Write `adam_beta1`, `adam_beta2`, `adam_epsilon` or `weight_decay`.",
+              (None, "", [], {})),
+    **_refuse("lr_quadratic_warmup lr_div_factor", "it is not among the schedules of transformers", "Remove the key; `lr_scheduler` names a schedule."),
+    **_refuse("cosine_min_lr_ratio cosine_constant_lr_ratio", "a schedule's arguments stand together",
+              "Write `lr_scheduler: cosine_with_min_lr` and `lr_scheduler_kwargs: {min_lr_rate: 0.1}`."),
+    **_refuse("hf_use_auth_token", "the hub's own log-in is used", "Remove the key; type `hf auth login`, or set HF_TOKEN.", (None, True, False, "")),
+    **_refuse("remove_unused_columns", "the rewards get every column that the transform leaves", "Remove the key; drop columns with the transform's `remove_columns`."),
+    **_refuse("system_prompt default_system_message", "the transform writes the whole prompt", 'Let it begin with {"role": "system", "content": ...}.', (None, "")),
+    **_refuse("pretraining_dataset dataset_keep_in_memory dataset_shard_num dataset_shard_idx sample_packing_eff_est total_num_tokens", "it has no effect on GRPO",
+              _REMOVE, (None, False, "", [])),
+    **_refuse("debug", "there is no such mode", "Remove the key; `rlx rollout test` shows an episode token by token.", (None, False, "")),
     **_refuse("trl.use_liger_loss", "Liger's fused GRPO loss has some of the losses only; rlx's never holds all logits either, for every loss", "Remove the key; Liger's other kernels are `use_liger_kernel: true`."),
     **_refuse("trl.vllm_enable_sleep_mode", "the workers have GPUs of their own and never sleep", _REMOVE),
     **_refuse("trl.router_aux_loss_coef", "no balancing loss is added for the router of a mixture of experts: it is a mean over a micro-batch, "
@@ -71,14 +101,39 @@ REFUSED: dict[str, Refusal] = {
     **_refuse("trl.use_transformers_paged trl.use_transformers_continuous_batching trl.transformers_continuous_batching_config trl.cache_implementation",
               "rlx generates with vLLM only", _REMOVE),
     **_refuse("trl.log_unique_prompts trl.log_completions_hub_repo trl.log_multimodal", "samples.jsonl holds what was sampled", _REMOVE, (None, False, True)),
-    **_refuse("trl.use_data_producer trl.async_prefetch trl.prefetch_depth trl.vllm_sync_interval trl.streaming_partial_batch "
-              "trl.replay_buffer_size trl.skip_zero_advantage_batches", "the run is synchronous: weights are published after every step",
-              _REMOVE, (None, False, 0)),
+    **_refuse("trl.use_data_producer trl.async_prefetch trl.prefetch_depth", "generation runs beside training, unless max_staleness is 0",
+              "Remove the key; how far it may run ahead is `async: {max_staleness: N}`.", (None, False, 0)),
+    **_refuse("trl.vllm_sync_interval", "weights are published after every step", _REMOVE, (None, 0, 1)),
+    **_refuse("trl.streaming_partial_batch", "a step trains whole groups only", _REMOVE),
+    **_refuse("trl.replay_buffer_size", "old samples are not kept", "Remove the key; `trl.num_iterations` trains several times on a batch.", (None, 0)),
+    **_refuse("trl.skip_zero_advantage_batches", "groups that teach nothing are replaced instead",
+              "Remove the key, or write `async: {dynamic_sampling: true}`."),
     **_refuse("trl.vllm_lora_sync", "rlx sends adapters over HTTP, without a shared folder", "Write `lora_sync: adapter` at the top level."),
     **_refuse("trl.reward_num_workers", "rlx sets the processes per reward function elsewhere", "Write `rewards: {workers: N}`.", (None, 0)),
     **_refuse("vllm.enable_reasoning vllm.reasoning_parser vllm.device", "it does nothing in Axolotl either", _REMOVE, (None, False, "", "auto")),
     **_refuse("vllm.serve_module vllm.worker_extension_cls", "the workers are rlx's own", _REMOVE, (None, "")),
+    **{f"{section}.{key}": refusal for section in ("datasets", "test_datasets") for key, refusal in _refuse(
+        "field field_chosen field_completion field_human field_input field_instruction field_label field_messages field_model field_output field_prompt "
+        "field_rejected field_system message_property_mappings roles roles_to_train train_on_eos train_on_eot train_on_split conversation chat_template "
+        "system_prompt shards shards_idx preprocess_shards", "the function that `type` names makes the prompt of a row",
+        "Remove the key, and let that function read the columns.", (None, "", [], {})).items()},
 }  # fmt: skip
+
+RENAMED: dict[str, str] = {
+    "model_name_or_path": "base_model",
+    "dataset_name": "datasets[].path",
+    "train_files": "datasets[].path",
+    "max_new_tokens": "trl.max_completion_length",
+    "max_tokens": "trl.max_completion_length",
+    "max_response_length": "trl.max_completion_length",
+    "per_device_train_batch_size": "micro_batch_size",
+    "num_train_epochs": "num_epochs",
+    "kl_coef": "trl.beta",
+    "init_kl_coef": "trl.beta",
+    "kl_loss_coef": "trl.beta",
+    "group_size": "trl.num_generations",
+}
+"""What other trainers call a key, and what it is here."""
 
 VALUE_HINTS: dict[tuple[str, Any], str] = {
     (

@@ -47,7 +47,7 @@ def read_source(path: Path, overrides: dict[KeyPath, tuple[str, Any]]) -> Source
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         data = {} if node is None else _construct(node, (), lines, path)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(_syntax(path, text, error)) from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: a mapping of keys to values is expected at the top, found a {type(data).__name__}.")
     typed: dict[KeyPath, str] = {}
@@ -55,6 +55,24 @@ def read_source(path: Path, overrides: dict[KeyPath, tuple[str, Any]]) -> Source
         _put(data, key, value, as_typed)
         typed[key] = as_typed
     return Source(path, data, lines, typed)
+
+
+def _syntax(path: Path, text: str, error: yaml.YAMLError) -> str:
+    """Where the YAML breaks, with the line itself, and what it usually is."""
+    mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
+    if mark is None or not isinstance(error, yaml.MarkedYAMLError):
+        return f"{path} is not valid YAML: {' '.join(str(error).split())}"
+    lines = text.split("\n")
+    line = lines[min(mark.line, len(lines) - 1)]
+    hint = ""
+    if line[: mark.column + 1].strip() == "" and "\t" in line[: mark.column + 1]:
+        hint = " Indent with spaces, not with tabs."
+    elif error.problem == "mapping values are not allowed here":
+        hint = " Is this line, or the one before it, indented otherwise than the keys beside it, or does a value hold `: ` without quotes?"
+    elif error.problem and error.problem.startswith("expected <block end>"):
+        hint = " Indent this line as far as the keys or dashes beside it."
+    shown = f"{line.rstrip()}\n    {' ' * mark.column}^" if line.strip() else "(the end of the file)"
+    return f"{path}, line {mark.line + 1}: this is not valid YAML: {error.problem}.{hint}\n    {shown}"
 
 
 def _construct(node: yaml.Node, at: KeyPath, lines: dict[KeyPath, int], path: Path) -> Any:

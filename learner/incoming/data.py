@@ -25,6 +25,8 @@ from rlx.learner.incoming import reasoning_gym
 
 _SUFFIXES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow", ".txt": "text"}
 
+_FACTORY = "`type` names a function that is called once, with the configuration, and returns the function for a row."
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -158,7 +160,10 @@ def _files(config: Config, section: DatasetSection, key: str, local: str | None)
 
 def _transform(config: Config, name: str, key: str, rows: datasets.Dataset, tokenizer: Tokenizer) -> datasets.Dataset:
     factory = resolve(name, base_dir=config.base_dir, key=key)
-    made = call_user(f"{key} ({name})", factory, config)
+    try:
+        made = call_user(f"{key} ({name})", factory, config)
+    except UserCodeError as error:
+        raise UserCodeError(f"{error}\n{_FACTORY}") from error.__cause__
     function, options = made if isinstance(made, tuple) else (made, {})
     if not callable(function):
         raise UserCodeError(
@@ -176,7 +181,12 @@ def _transform(config: Config, name: str, key: str, rows: datasets.Dataset, toke
     keywords = dict.fromkeys(wanted, tokenizer)
 
     def one(example: dict[str, Any]) -> dict[str, Any]:
-        made = call_user(f"{key} ({name})", function, example, **keywords)
+        try:
+            made = call_user(f"{key} ({name})", function, example, **keywords)
+        except UserCodeError as error:
+            if not isinstance(error.__cause__, KeyError):
+                raise
+            raise UserCodeError(f"{error}\nThe columns of the row are {', '.join(example)}.") from error.__cause__
         if not isinstance(made, Mapping):
             raise UserCodeError(
                 f"{key} ({name}) gave a {type(made).__name__} for a row; a dict with 'prompt' is expected."
@@ -229,7 +239,8 @@ def encode_prompt(config: Config, tokenizer: PreTrainedTokenizerBase, prompt: An
         )
         return list(encoded["input_ids"])
     raise DatasetError(
-        f"{where}: the prompt is {prompt!r:.80}; a non-empty string or a list of chat messages is expected."
+        f"{where}: the prompt is {prompt!r:.80}; a non-empty string or a list of chat messages, "
+        '[{"role": "user", "content": ...}], is expected.'
     )
 
 

@@ -69,7 +69,47 @@ def test_a_missing_file_lists_the_yaml_files_beside_it(tmp_path):
 
 def test_broken_yaml_and_doubled_keys_are_told_with_their_line(tmp_path):
     assert "line 2" in problem(tmp_path, "a: [1,\nb: 2")
+    assert "b: {" in problem(tmp_path, "a: [1, 2]\u2028\nb: {")  # another end of a line to YAML
     assert "'seed' is written twice (first in line 5)" in problem(tmp_path, SMALLEST + "seed: 1\nseed: 2\n")
+
+
+@pytest.mark.parametrize(
+    ("lines", "told", "shown"),
+    [
+        ("trl:\n  beta: 0.1\n   epsilon: 0.2\n", "indented otherwise", "\n       epsilon: 0.2\n              ^"),
+        ("trl:\n\tbeta: 0.1\n", "Indent with spaces, not with tabs.", "\n    \tbeta: 0.1\n    ^"),
+        ("trl:\n    beta: 0.1\n  epsilon: 0.2\n", "Indent this line as far as", "\n      epsilon: 0.2\n      ^"),
+    ],
+)
+def test_a_line_that_is_indented_wrongly_is_shown_with_what_to_do(tmp_path, lines, told, shown):
+    message = problem(tmp_path, SMALLEST + lines)
+    assert message.startswith(f"{tmp_path}/run.yaml, line {4 + lines.count(chr(10))}: this is not valid YAML: ")
+    assert told in message
+    assert message.endswith(shown)
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("model_name_or_path: m", "unknown key 'model_name_or_path'. Here it is 'base_model'."),
+        ("trl: {kl_coef: 0.1}", "unknown key 'trl.kl_coef'. Here it is 'trl.beta'."),
+        ("num_procesess: 2", "Did you mean the option --num-processes of `rlx train`"),
+        ("actor_rollout_ref: {}", "docs/configuration.md lists every key."),
+        ("trl: {reward_funcs: rewards.f}", "Write a list: `reward_funcs: [rewards.f]`"),
+        ("test_datasets: {path: a}", "Write a list: `test_datasets: [{...}]`"),
+        ("trl: {async_prefetch: true}", "how far it may run ahead is `async: {max_staleness: N}`."),
+    ],
+)
+def test_habits_from_other_trainers_are_told_what_to_write_here(tmp_path, line, told):
+    assert told in problem(tmp_path, SMALLEST + line + "\n")
+
+
+def test_the_blank_keys_at_the_end_of_axolotls_examples_change_nothing(tmp_path):
+    text = (
+        SMALLEST + "    field_messages:\nmodel_type: AutoModelForCausalLM\ntokenizer_type: AutoTokenizer\nlocal_rank:\n"
+        "debug:\nxformers_attention:\ntorch_compile: false\nearly_stopping_patience:\nfsdp:\nevals_per_epoch: 0\n"
+    )
+    assert load_config(write(tmp_path, text)) == load_config(write(tmp_path, SMALLEST))
 
 
 @pytest.mark.parametrize("key", sorted(REFUSED))
@@ -77,8 +117,10 @@ def test_a_known_but_unsupported_key_says_why_and_what_to_write(tmp_path, key):
     section, _, name = key.rpartition(".")
     value = "7.5"
     text = f"{SMALLEST}{section}:\n  {name}: {value}\n" if section else f"{SMALLEST}{name}: {value}\n"
+    if section.endswith("datasets"):
+        text = SMALLEST + ("" if section == "datasets" else "test_datasets:\n  - path: a\n") + f"    {name}: {value}\n"
     message = problem(tmp_path, text)
-    assert key in message
+    assert key.replace("datasets.", "datasets[0].") in message
     assert REFUSED[key].why in message
     assert REFUSED[key].instead in message
 

@@ -181,6 +181,15 @@ def test_a_missing_module_says_where_it_was_looked_for(tmp_path):
     assert text.endswith("Did you mean 'rewards'?")
 
 
+def test_a_format_of_axolotl_is_told_that_grpo_needs_a_function(tmp_path):
+    write(tmp_path, rewards="def intel(): ...")
+    with pytest.raises(UserCodeError, match=r"chatml is one of Axolotl's formats .*write `type: file.function`"):
+        resolve("chatml.intel", base_dir=tmp_path, key="datasets[0].type")
+    assert "no module called 'chatml'" in message("chatml.intel", tmp_path)
+    write(tmp_path, chatml="def intel(): return 1")
+    assert resolve("chatml.intel", base_dir=tmp_path, key="datasets[0].type")() == 1
+
+
 def test_a_function_named_without_its_file_is_found_for_the_user(tmp_path):
     write(tmp_path, rewards="async def foo(): ...")
     assert message("foo", tmp_path).endswith("rewards.py defines 'foo': write `rewards.foo`.")

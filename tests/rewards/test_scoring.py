@@ -199,6 +199,13 @@ def test_an_error_in_the_function_shows_the_traceback_of_its_author(tmp_path, pr
     assert "asyncio" not in text
 
 
+@pytest.mark.parametrize("body", ["c.strip()", "re.search('4', c)"])
+def test_text_functions_on_chat_completions_are_told_where_the_text_is(tmp_path, body):
+    reward = load(tmp_path, f"import re\ndef f(completions): return [bool({body}) for c in completions]")
+    with pytest.raises(UserCodeError, match=r'the text of one is `completion\[0\]\["content"\]`\.$'):
+        score_group(reward, CHAT)
+
+
 def test_a_function_that_exits_is_an_error_and_not_an_exit(tmp_path):
     assert "raised SystemExit" in refusal(load(tmp_path, "def f(completions): raise SystemExit(3)"))
 
