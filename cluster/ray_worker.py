@@ -55,8 +55,9 @@ class WeightParcel:
 
 
 class RayWorker:
-    """Engine `index`, on devices of its own. `start` makes its actor, also again after its process or its node died:
-    on the same devices, or, when their node is gone, on others as soon as Ray has some. The log goes on in one file. `on_phase` hears its name and what it does."""
+    """Engine `index`, on devices of its own. `start` makes its actor, also again after its process or its node died: on
+    the same devices, or, when their node is gone, on others as soon as Ray has some. The log goes on in one file.
+    `on_phase` hears its name and what it does."""
 
     def __init__(
         self,

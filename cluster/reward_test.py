@@ -72,7 +72,8 @@ async def score_all(config: Config, cases: Sequence[Case]) -> list[Scores]:
 
 
 async def _score(function: RewardPool, cases: Sequence[Case], has_episodes: bool) -> Scores:
-    """A kind of completion that blocks the reward once is not tried again. `has_episodes`: in a run they may bring columns."""
+    """A kind of completion that blocks the reward once is not tried again. `has_episodes`: in a run they may bring
+    columns."""
     scores = Scores(function.name)
     try:
         await function.start()

@@ -83,9 +83,9 @@ class Episode:
     error: str = ""
     """Why the status is not ok, with the user's traceback where there is one."""
     process: str = ""
-    """Which ran its rollout function; empty where none did."""
+    """The process that ran its rollout function; empty where there is none."""
     turn_times: tuple[tuple[float, float], ...] = ()
-    """When each turn was asked for and was there, in unix seconds of that process."""
+    """(asked for, answered) of each turn, in unix seconds of that process's clock."""
 
     @property
     def scorable(self) -> bool:

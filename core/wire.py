@@ -74,7 +74,7 @@ class GroupRequest:
     deadline_s: float = 600.0
     """Seconds after which the service gives up on this group, counted from its arrival."""
     seed: int = 0
-    """Of the environments: the same for all episodes of the group."""
+    """The environments' seed, the same for all episodes of the group."""
 
     def encode(self) -> bytes:
         head = {"kind": "group_request", "key": self.key, "prompt": self.prompt, "n": self.num_generations,
@@ -126,7 +126,7 @@ class RewardOutcome:
     failed: int = 0
     error: str = ""
     process: str = ""
-    """Which scored it, and when it began, in unix seconds; empty and 0 where that is not known."""
+    """The process that scored it, and when that began, in unix seconds; empty and 0 where they are not known."""
     began_at: float = 0.0
 
 

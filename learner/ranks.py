@@ -13,7 +13,7 @@ import torch.distributed as dist
 SNAPSHOT, WHOLE_STATE = 0, 1
 """Jobs that rank 0 calls the others to"""
 _FIRST_JOB = -2
-"""In place of a number of frames: a call to job 0; one less is job 1"""
+"""Sent in place of the number of frames: `_FIRST_JOB - n` calls the others to job n"""
 
 
 class StoppedByRankZero(Exception):

@@ -6,6 +6,7 @@
 Keeper and init never run the code. Where the kernel allows namespaces, init is process 1 of its own: no network, all
 files read-only but a small temporary folder, the user's home hidden, and its end is the end of every process in
 it. Where it does not, keeper and init are one, and Python's audit events stand in: weaker, and reported as such.
+All of it is one file, as nothing beside the standard library can be imported here.
 Not here: what a result is worth (`code.py`).
 """
 

@@ -52,12 +52,14 @@ class FakeEngine:
     """p(next | last token) is a random table that the weights' fingerprint determines; of the sampling parameters it
     honours `max_tokens` and `temperature`.
 
-    `specs` are the tensors that an update must bring, or with `lora_rank` those that an adapter may update. A step of the whole batch takes `seconds_per_token`, or
-    `decode_s(batch size)` seconds; up to `stride` steps are taken at once (cheaper, less exact).
+    `specs` are the tensors that an update must bring, or with `lora_rank` those that an adapter may update.
+    A step of the whole batch takes `seconds_per_token`, or `decode_s(batch size)` seconds; up to `stride` steps are
+    taken at once (cheaper, less exact).
     `length_of(request_id, index)` fixes the lengths of completions, in tokens; END is then a token like any other.
     `deterministic`: what is sampled depends on the request id, the index in it and the weights alone.
-    `kv_tokens`: tokens, prompts included, that the key-value cache holds. `fail_next` holds an exception that the next
-    `start`, `generate` or `commit` raises. `close` and `start` make a fresh process: version 0, nothing running.
+    `kv_tokens`: tokens, prompts included, that the key-value cache holds.
+    `fail_next` holds an exception that the next `start`, `generate` or `commit` raises.
+    `close` and `start` make a fresh process: version 0, nothing running.
     """
 
     def __init__(

@@ -56,12 +56,11 @@ class Member:
     """One worker and what is known of it. `in_flight` counts completions, `tokens_in_flight` their tokens;
     `worked` says whether it had any since the router last asked for its load.
 
-    `incarnation` counts its processes: what is heard of an earlier one says nothing about this one. `kept`: the
-    process is sound, only its weights are refused; it is not restarted, the next update is its next chance, unless it leaves.
+    `incarnation` counts its processes: what is heard of an earlier one says nothing about this one. `kept`: the process
+    is sound, only its weights are refused; it is not restarted, the next update is its next chance, unless it leaves.
     `cause` is why it left the ready ones, `last_cause` what went wrong since, `doing` what its start is about.
-    `token_at`, of its newest token or of when it became ready, and `load_at` are on the monotonic clock. `changed` is set
-    when something happened that its supervisor should look at.
-    """
+    `token_at`, of its newest token or of when it became ready, and `load_at` are on the monotonic clock. `changed` is
+    set when something happened that its supervisor should look at."""
 
     worker: Worker
     state: State = "loading"

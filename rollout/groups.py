@@ -23,7 +23,8 @@ class KeyConflict(ServiceError):
 
 
 class Over(ServiceError):
-    """How a group ends whose result went elsewhere: nothing is kept of it, and nothing failed."""
+    """Raised by the work on a group whose result goes to the learner by another way (`service.direct`): nothing is kept
+    of the group, and it counts as ok."""
 
 
 @dataclass

@@ -79,7 +79,8 @@ async def answer_group(request: Request, rollout: Callable[[GroupRequest], Await
 
 
 async def read_body(request: Request, most: int | None = None) -> tuple[str, bytes]:
-    """Content type and bytes, at most `most` (MAX_BODY_BYTES). A type that a web page may send without being asked is refused."""
+    """Content type and bytes, at most `most` (MAX_BODY_BYTES). A type that a web page may send without being asked is
+    refused."""
     most = MAX_BODY_BYTES if most is None else most
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind not in (CONTENT_TYPE, _JSON):

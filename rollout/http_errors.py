@@ -71,7 +71,7 @@ def status_of(error: Exception) -> int:
 
 def error_body(error: Exception) -> dict[str, Any]:
     """Classes that only the service knows go by the name of their public parent."""
-    names = (cls.__name__ for cls in type(error).__mro__ if cls.__name__ in _PUBLIC or cls is WireError)
+    names = (cls.__name__ for cls in type(error).__mro__ if cls.__name__ in _PUBLIC)
     return {"error": {"type": next(names, "ServiceError"), "message": str(error)}}
 
 

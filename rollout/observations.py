@@ -45,9 +45,8 @@ class Observations:
             self._metrics = record
         for record in body.get("evaluations", ()):
             self._evaluation = record
-        own = [
-            event for event in body.get("events", ()) if event.get("source") != "service"
-        ]  # the store has the others
+        # The store has the service's events already.
+        own = [event for event in body.get("events", ()) if event.get("source") != "service"]
         self.store.add({**body, "events": own})
         return {"events": new, "next": self._events.newest}
 

@@ -34,8 +34,8 @@ from rlx.rollout.weights_store import WeightFile
 @dataclass(frozen=True)
 class UpdateTimes:
     """`nbytes` came in `transfer_s` seconds; `commit_s` until the last worker had swapped or was given up, `pause_s`
-    the longest that one of those that took it did not generate. `workers`: the version of each; `behind`: name and cause of those
-    that are to catch up."""
+    the longest that one of those that took it did not generate. `workers`: the version of each; `behind`: name and
+    cause of those that are to catch up."""
 
     version: int
     nbytes: int
@@ -302,7 +302,8 @@ class WeightUpdates:
         )
 
     def _lose(self, member: Member, incarnation: int, cause: str, error: RlxError | None = None) -> None:
-        """What that process of it answered: it gets no more work, quarantined, or down when it says itself that it is gone."""
+        """What that process of it answered: it gets no more work, quarantined, or down when it says itself that it is
+        gone."""
         if member.incarnation == incarnation and _runs(member):
             down = isinstance(error, ServiceUnavailable) and member.state == "ready"
             self._fleet.fail(member, cause, "failed" if down else "refused")

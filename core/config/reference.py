@@ -25,11 +25,11 @@ from rlx.config.sections import (
     RewardLimits,
     RewardsSection,
     ServiceSection,
-    TrlSection,
     VllmSection,
 )
 from rlx.config.sharding import FsdpSection, ShardingKeys
 from rlx.config.trackers import TrackerKeys
+from rlx.config.trl import TrlSection
 
 _SECTIONS: list[tuple[str, type[BaseModel]]] = [
     ("trl", TrlSection),

@@ -16,11 +16,11 @@ from rlx.config.sections import (
     EpisodesSection,
     RewardsSection,
     ServiceSection,
-    TrlSection,
     VllmSection,
 )
 from rlx.config.sharding import ShardingKeys
 from rlx.config.trackers import TrackerKeys
+from rlx.config.trl import TrlSection
 
 
 class Config(LoraKeys, ShardingKeys, TrackerKeys):
@@ -349,7 +349,8 @@ class Config(LoraKeys, ShardingKeys, TrackerKeys):
         return f"http://{host}:{self.trl.vllm_server_port or self.vllm.port}"
 
     def local(self, name: str) -> str:
-        """`name` as an absolute path when it is a file or folder next to the YAML or in the current folder, else unchanged."""
+        """`name` as an absolute path when it is a file or folder next to the YAML or in the current folder, else
+        unchanged."""
         for candidate in (self.base_dir / Path(name).expanduser(), Path(name).expanduser().absolute()):
             if candidate.exists():
                 return str(candidate.resolve())

@@ -40,7 +40,7 @@ _MOST_CONNECTIONS = 4096
 
 
 class Rollouts:
-    """The parts of one run. `close` ends them, the client last."""
+    """Publisher, evaluator and feed of one run, wired together around `client`. `close` ends them, the client last."""
 
     def __init__(
         self,

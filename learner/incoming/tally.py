@@ -13,7 +13,8 @@ from rlx.wire import GroupResult
 
 @dataclass(frozen=True)
 class Arrived:
-    """A group that is here, and the policy of its oldest token. Times in seconds, of the monotonic clock."""
+    """A group that is here. `oldest` is the optimizer step of the policy that sampled its oldest token; `sent_at` and
+    `arrived_at` are on time.monotonic()."""
 
     group: GroupResult
     oldest: int
@@ -23,7 +24,8 @@ class Arrived:
 
 @dataclass
 class Tally:
-    """What happened since the last batch: seconds that the main thread waited, tokens, and groups that came to nothing."""
+    """What happened since the last batch. `..._s`: seconds that the main thread waited; `put_back` and `filtered`: groups
+    that are sampled again, and that were left out for want of a spread; `served`: the last weights that were published."""
 
     rollout_wait_s: float = 0.0
     weight_sync_wait_s: float = 0.0

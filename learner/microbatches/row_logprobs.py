@@ -14,7 +14,8 @@ from rlx.learner.ranks import Ranks
 
 
 class RowLogprobs:
-    """Of the trained tokens of `samples`, which every rank has in the same order; each rank brings its own."""
+    """Log-probabilities of the trained tokens of `samples`, a list that is the same on every rank. Each rank gives those
+    of its own micro-batches to `take`; `of_all` then has them all."""
 
     def __init__(self, samples: Iterable[Sample]):
         self._samples = list(samples)
@@ -23,7 +24,7 @@ class RowLogprobs:
         self._taken: list[tuple[int, Tensor]] = []
 
     def take(self, micro_batch: list[Sample], logprobs_T: Tensor) -> None:
-        """Those of a micro-batch, float [T] on any device, where copies stay; of other samples nothing is kept."""
+        """Keep what belongs to `samples` of a micro-batch's log-probabilities, float [T] on any device, as copies there."""
         parts = torch.split(logprobs_T.detach(), [sample.num_trained for sample in micro_batch])
         for sample, values in zip(micro_batch, parts, strict=True):
             if len(values) and (start := self._start_of.get(id(sample))) is not None:

@@ -6,7 +6,8 @@ sequence stays whole.
 
 Shapes: E completions (episodes) of one optimizer step, over all ranks and micro-batches; of a micro-batch, B sequences
 and T trained tokens.
-Not here: the factors of the loss (`loss_terms.py`), log-probabilities (`microbatches/logprobs.py`), advantages (`advantages.py`).
+Not here: the factors of the loss (`loss_terms.py`), log-probabilities (`microbatches/logprobs.py`), advantages
+(`advantages.py`).
 """
 
 from __future__ import annotations

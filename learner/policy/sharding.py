@@ -113,7 +113,8 @@ def full_shape(parameter: Tensor) -> tuple[int, ...]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of `tensor`, on every rank, without gradient. Where it is cut, every rank calls this for the same tensors in the same order."""
+    """All of `tensor`, on every rank, without gradient. Where it is cut, every rank calls this for the same tensors in
+    the same order."""
     if isinstance(tensor, DTensor):
         return tensor.full_tensor().detach()
     if hasattr(tensor, "ds_id"):  # DeepSpeed's mark of a parameter that ZeRO-3 has cut

@@ -27,7 +27,8 @@ _NEVER = 2**62
 
 
 class SpanExport:
-    """Add `record` to the listeners of RunFiles; one thread calls it. `run` makes the trace ids: those of two runs differ."""
+    """Add `record` to the listeners of RunFiles; one thread calls it. `run` makes the trace ids: those of two runs
+    differ."""
 
     def __init__(self, run: str, exporter: SpanExporter):
         self._run = run

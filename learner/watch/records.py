@@ -37,7 +37,8 @@ Make = Callable[[], Iterable[Record]]
 
 class RecordFiles:
     """Appends to the files `folder`/NAME.jsonl. `max_bytes` bounds each name with its older parts; `say` hears of the
-    first record that was lost; each of `listeners`, and `on_lines(name, lines)`, gets what is written, or was to be, in the thread."""
+    first record that was lost; each of `listeners`, and `on_lines(name, lines)`, gets what is written, or was to be, in
+    the thread."""
 
     def __init__(self, folder: Path, max_bytes: int = DEFAULT_MAX_BYTES, say: Callable[[str], None] = lambda _: None):
         self._folder, self._part_bytes, self._say = folder, max(1, max_bytes // PARTS), say

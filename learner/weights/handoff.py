@@ -1,7 +1,8 @@
 """Memory that a service on this machine opens instead of having the weights sent.
 
 A buffer is an anonymous file in memory. What may still read it holds a shared lock on it: the service, until newer
-weights are committed, and a worker, while it loads. It is written again only once nobody does, and nothing here does.
+weights are committed, and a worker, while it loads. A buffer is written again only when nobody holds such a lock, and
+no view on it is left in this process.
 """
 
 from __future__ import annotations

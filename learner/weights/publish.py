@@ -37,7 +37,8 @@ _CODES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 
 @dataclass(frozen=True)
 class PublishTimes:
-    """Seconds of one update: all of `send` or `publish`; the bytes on their way; the longest pause of a worker.
+    """Seconds of one update: `total_s` for all of `send` or `publish`, `transfer_s` while the bytes were on their way,
+    `pause_s` for the longest pause of a worker.
 
     `nbytes` were sent. `changed_fraction` of the elements differ from the update before, NaN where that is not known.
     `behind` names the workers that did not take it.
@@ -64,8 +65,12 @@ class PublishTimes:
 
 @dataclass(frozen=True)
 class Packed:
-    """The weights at one moment: `payload` is the bytes of a safetensors file, read-only: the model, where there is an
-    adapter with that merged in, or that alone; `adapter` are then its own files by name."""
+    """The weights at one moment.
+
+    `payload`, read-only, is a safetensors file: the whole model, with its adapter merged in where it has one, or with
+    `lora_sync: adapter` the adapter alone. `itemsize`: bytes of one element. `adapter`: the adapter's files as PEFT
+    saves them, by name; None without one. `offer`: where a service on this machine can read the payload.
+    """
 
     payload: memoryview
     tensors: tuple[TensorSpec, ...]

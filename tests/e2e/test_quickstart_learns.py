@@ -1,5 +1,6 @@
 """The quickstart against one service: its reward teaches, its control does not, and the worker has the weights; then
-against a second service that serves the trained model: it answers, the run goes on, and a worker that is killed comes back."""
+against a second service that serves the trained model: it answers, the run goes on, and a worker that is killed comes
+back."""
 
 from __future__ import annotations
 
