@@ -79,7 +79,7 @@ class _Run:
         self._log_path.parent.mkdir(parents=True, exist_ok=True)
         self._ready = threading.Event()
         self._last_lines: list[str] = []
-        self._interrupted = 0
+        self._interrupted, self._passed_on = 0, False
         self._learner_shows_service = False
         self._give_up_at = float("inf")
         self._learner: subprocess.Popen[bytes] | None = None
@@ -98,6 +98,7 @@ class _Run:
             say(say_when_ready)
         self._learner_shows_service = sys.stdout.isatty() and SERVICE_LOG in (environment or {})
         self._learner = self._start(*command, env=environment)
+        self._pass_on()
         while self._learner.poll() is None and service.poll() is None and time.monotonic() < self._give_up_at:
             time.sleep(_POLL_S)
         if self._learner.poll() not in (None, 0):
@@ -176,8 +177,13 @@ class _Run:
             return
         self._interrupted = number
         self._give_up_at = time.monotonic() + _LEARNER_GRACE_S
-        if self._learner is not None and self._learner.poll() is None:
-            self._learner.send_signal(number)
+        self._pass_on()
+
+    def _pass_on(self) -> None:
+        """Give the learner the first signal, once, also when that came while the learner was being started."""
+        if self._interrupted and self._learner is not None and not self._passed_on:
+            self._passed_on = True
+            self._learner.send_signal(self._interrupted)
 
 
 def _log_path(config: Config) -> Path:

@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 from fakes import write_config
 
+from rlx.cluster import run as run_module
 from rlx.cluster.run import run_main
 from rlx.config import load_config
 
 pytestmark = pytest.mark.slow
+END_S = 300
+"""By then it has hung"""
 
 PROGRAM = f"(sys.executable, '-u', {str(Path(__file__).with_name('fake_rlx.py'))!r})"
 CODE = (
@@ -32,8 +35,9 @@ def start(folder: Path, service: str, learner: str) -> subprocess.Popen[str]:
 
 
 def wait_for(path: Path) -> None:
-    deadline = time.monotonic() + 20
-    while not path.exists() and time.monotonic() < deadline:
+    deadline = time.monotonic() + END_S
+    while not path.exists():
+        assert time.monotonic() < deadline, f"no {path.name}"
         time.sleep(0.02)
 
 
@@ -43,7 +47,7 @@ def runs(folder: Path, part: str) -> bool:
 
 def test_a_run_that_trains_stops_its_service_and_gives_0(tmp_path):
     run = start(tmp_path, "serves", "trains")
-    output, _ = run.communicate(timeout=120)
+    output, _ = run.communicate(timeout=END_S)
     assert run.returncode == 0
     assert output.splitlines() == [
         "service: loading",
@@ -63,12 +67,12 @@ def test_a_run_that_trains_stops_its_service_and_gives_0(tmp_path):
         ("fails", "trains", 3, "service: error: service failed"),
         ("serves", "fails", 3, "error: learner failed"),
         ("dies later", "trains for ever", 4, "error: the rollout service ended with status 4"),
-        ("dies later", "dies later", 4, "error: the rollout service ended with status 4"),
+        ("dies later", "dies of the service's end", 4, "error: the rollout service ended with status 4"),
     ],
 )
 def test_the_first_failure_stops_the_other_and_is_the_last_thing_shown(tmp_path, service, learner, code, last):
     run = start(tmp_path, service, learner)
-    output, _ = run.communicate(timeout=120)
+    output, _ = run.communicate(timeout=END_S)
     assert run.returncode == code
     assert output.splitlines()[-1].startswith(last)
     if service == "dies later":
@@ -80,20 +84,49 @@ def test_the_first_failure_stops_the_other_and_is_the_last_thing_shown(tmp_path,
 def test_ctrl_c_reaches_the_learner_first_and_then_stops_the_service(tmp_path):
     run = start(tmp_path, "serves", "trains for ever")
     wait_for(tmp_path / "learner.arguments")
-    time.sleep(0.5)
     run.send_signal(signal.SIGINT)
-    output, _ = run.communicate(timeout=120)
+    output, _ = run.communicate(timeout=END_S)
     assert run.returncode == 130
     assert output.splitlines()[-1] == "learner stopped by 2"
     assert "service stopped by 15" in (tmp_path / "out" / "service.log").read_text()
 
 
+def test_ctrl_c_while_the_learner_is_being_started_reaches_it_all_the_same_and_once(tmp_path, monkeypatch):
+    config, sent = write_config(tmp_path), []
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    class Started:
+        def __init__(self, line, **options):
+            self.is_service = "vllm-serve" in line
+            self.stdout = [b"ready: somewhere\n"]
+            self.ended = None
+            if not self.is_service:
+                signal.raise_signal(signal.SIGINT)
+
+        def send_signal(self, number):
+            sent.append((self.is_service, number))
+            self.ended = 0 if self.is_service else 130
+
+        def poll(self):
+            return self.ended
+
+        def wait(self, timeout=None):
+            return self.ended
+
+    monkeypatch.setattr(run_module.subprocess, "Popen", Started)
+    try:
+        assert run_module.with_service(config, [], ["train"]) == 130
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert sent == [(False, signal.SIGINT), (True, signal.SIGTERM)]
+
+
 def test_ctrl_c_while_the_service_loads_stops_it(tmp_path):
     run = start(tmp_path, "loads for ever", "trains")
     wait_for(tmp_path / "service.arguments")
-    time.sleep(0.5)
     run.send_signal(signal.SIGINT)
-    run.communicate(timeout=120)
+    run.communicate(timeout=END_S)
     assert run.returncode == 130
     assert not runs(tmp_path, "service")
     assert not (tmp_path / "learner.pid").exists()
@@ -102,10 +135,9 @@ def test_ctrl_c_while_the_service_loads_stops_it(tmp_path):
 def test_killing_the_run_takes_both_parts_along(tmp_path):
     run = start(tmp_path, "serves", "trains for ever")
     wait_for(tmp_path / "learner.arguments")
-    time.sleep(0.5)
     run.kill()
     run.communicate()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + END_S
     while (runs(tmp_path, "service") or runs(tmp_path, "learner")) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not runs(tmp_path, "service")

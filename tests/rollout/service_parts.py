@@ -25,7 +25,16 @@ from rlx.safetensors_layout import TensorSpec
 from rlx.wire import Completion, GroupRequest, RewardOutcome, Sampling
 
 TOKEN = "a-token-of-the-tests"
-QUICK = ServiceSection(group_timeout=5, publish_timeout=2, probe_interval=0.1, probe_timeout=0.4, drain_timeout=1)
+PATIENCE_S = 60.0
+"""For what takes a moment on an idle machine."""
+QUICK = ServiceSection(
+    group_timeout=PATIENCE_S,
+    publish_timeout=PATIENCE_S,
+    probe_interval=0.1,
+    probe_timeout=PATIENCE_S,
+    drain_timeout=PATIENCE_S,
+)
+"""Looks often and waits long: nobody is late because the machine is busy."""
 
 
 class LocalWorker:
@@ -131,7 +140,7 @@ class LocalScorer:
         self.closed = True
 
 
-def group(key: str = "g-1", n: int = 2, deadline_s: float = 5.0, prompt: str = "1 + 1 =") -> GroupRequest:
+def group(key: str = "g-1", n: int = 2, deadline_s: float = PATIENCE_S, prompt: str = "1 + 1 =") -> GroupRequest:
     return GroupRequest(
         key=key,
         prompt=prompt,
@@ -152,7 +161,7 @@ def make_service(
     workers: list[Any], scorer: LocalScorer | None = None, settings: ServiceSection = QUICK, **more: Any
 ) -> RolloutService:
     return RolloutService(
-        workers, scorer or LocalScorer(), SingleTurn(), settings, model="tiny-model", start_timeout_s=5, **more
+        workers, scorer or LocalScorer(), SingleTurn(), settings, model="tiny-model", start_timeout_s=PATIENCE_S, **more
     )
 
 
@@ -174,7 +183,7 @@ async def on_http(
         yield url
 
 
-async def eventually(condition: Any, seconds: float = 5.0) -> None:
+async def eventually(condition: Any, seconds: float = PATIENCE_S) -> None:
     """Wait until `condition()` holds."""
     async with asyncio.timeout(seconds):
         while not condition():  # noqa: ASYNC110 - the conditions are of many kinds, and most are nobody's event

@@ -40,8 +40,6 @@ from rlx.wire import GroupResult, Sampling
 
 FRAME = {"content-type": CONTENT_TYPE}
 BEARER = {"authorization": f"Bearer {TOKEN}"}
-PATIENT = QUICK.model_copy(update={"probe_timeout": 30})
-"""For tests of /health: a worker is not silent because the machine is busy."""
 PEOPLE = {"key": "p-1", "prompt": "1+1=", "prompt_ids": [1, 2], "n": 2, "sampling": {"max_tokens": 3}}
 
 
@@ -185,7 +183,7 @@ async def test_a_service_without_a_token_has_a_closed_control_plane():
 
 
 async def test_the_data_plane_needs_the_token_when_it_is_told_to_and_health_never():
-    service = make_service([LocalWorker()], settings=PATIENT)
+    service = make_service([LocalWorker()])
     async with started(service), on_http(service, require_token_for_data=True) as url, client(url) as http:
         for path in ("/v1/workers", "/v1/models"):
             assert (await http.get(path)).status_code == 401
@@ -197,7 +195,7 @@ async def test_the_data_plane_needs_the_token_when_it_is_told_to_and_health_neve
 async def test_health_answers_while_the_workers_load_then_ok_then_stopping():
     worker = LocalWorker("slow")
     worker.open.clear()
-    service = make_service([LocalWorker("quick"), worker], settings=PATIENT)
+    service = make_service([LocalWorker("quick"), worker])
     async with on_http(service) as url, client(url) as http:
         starting = asyncio.create_task(service.start())
         await eventually(lambda: service.load_progress().ready == 2)
@@ -299,7 +297,7 @@ async def test_a_learner_that_dies_in_the_middle_of_the_bytes_does_not_block_the
         head = f"PUT /v1/weights/1 HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\nContent-Length: 4\r\n\r\nab"
         writer.write(head.encode())
         await writer.drain()
-        await asyncio.sleep(0.05)
+        await eventually(lambda: service.weights._pending.receiving)
         writer.close()
         assert (await http.post("/v1/weights/announce", json=weights(1, b"efgh").to_json())).status_code == 200
         assert (await http.put("/v1/weights/1", content=b"efgh")).status_code == 200
@@ -480,7 +478,7 @@ async def test_a_service_that_lost_all_workers_for_good_answers_503_at_once():
         assert (status, name) == (503, "ServiceUnavailable")
         assert "reason a" in message
         assert "reason b" in message
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - start < 30
         assert (await http.get("/health")).json()["status"] == "down"
 
 

@@ -194,7 +194,7 @@ async def test_groups_go_to_the_worker_with_the_least_completions_in_flight():
         tasks = []
         for key, n in (("big", 8), ("one", 2), ("two", 2), ("three", 6)):
             tasks.append(asyncio.create_task(service.rollout(group(key, n))))
-            await asyncio.sleep(0.02)
+            await eventually(lambda: sum(len(rollouts_of(worker)) for worker in workers) == len(tasks))
         assert [rollouts_of(worker) for worker in workers] == [["big"], ["one", "two", "three"]]
         for worker in workers:
             worker.open.set()
@@ -217,7 +217,7 @@ async def test_a_dead_worker_is_named_with_its_cause_and_its_group_moves_to_anot
 
 async def test_a_group_waits_for_the_only_worker_to_come_back_and_is_generated_once():
     worker = LocalWorker("w")
-    async with started(make_service([worker])) as service:
+    async with started(make_service([worker], settings=QUICK.model_copy(update={"max_restarts": 10}))) as service:
         worker.open.clear()
         running = asyncio.create_task(service.rollout(group()))
         await eventually(lambda: rollouts_of(worker))
@@ -372,9 +372,9 @@ async def test_a_prompt_without_room_in_the_context_is_refused_at_once():
 
 async def test_health_wants_a_real_token_not_only_an_answer():
     worker = LocalWorker("w")
-    async with started(make_service([worker])) as service:
-        await eventually(lambda: len(worker.generated) > 1)
-        assert service.health()[0]
+    settings = QUICK.model_copy(update={"probe_timeout": 0.4})
+    async with started(make_service([worker], settings=settings)) as service:
+        await eventually(lambda: len(worker.generated) > 1 and service.health()[0])
         worker.silent = True
         await eventually(lambda: not service.health()[0])
         assert "w" in service.health()[1]["cause"]

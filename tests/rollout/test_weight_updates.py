@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import xxhash
-from service_parts import QUICK, LocalWorker, chunks, group, make_service, started, weights
+from service_parts import PATIENCE_S, QUICK, LocalWorker, chunks, group, make_service, started, weights
 
 from rlx.errors import DeadlineExceeded, WeightBaseMismatch, WeightSyncError
 from rlx.rollout import delta, weights_store
@@ -123,6 +123,7 @@ async def test_bytes_that_do_not_come_in_time_are_given_up():
         await service.weights.announce(weights(1, b"abcd"))
         with pytest.raises(DeadlineExceeded, match=r"did not send weights 1 within 0\.2 s"):
             await service.weights.receive(1, stalls())
+        service.weights._timeout = PATIENCE_S
         await publish(service, 1, b"abcd")
 
 
@@ -149,7 +150,8 @@ async def test_tokens_in_flight_during_an_update_carry_both_versions():
     array = np.arange(8, dtype=np.float32)
     data = safetensors.numpy.save({"w": array})
     specs = (TensorSpec("w", "F32", (8,)),)
-    engines = [FakeEngine(specs, seconds_per_token=0.005, seed=seed) for seed in (1, 2)]
+    is_slow = True
+    engines = [FakeEngine(specs, decode_s=lambda batch: 0.02 if is_slow else 0.0, seed=seed) for seed in (1, 2)]
     service = make_service([EngineWorker(f"w-{i}", engine) for i, engine in enumerate(engines)])
     async with started(service):
         long = replace(group(n=8), sampling=Sampling(max_tokens=400))
@@ -161,6 +163,7 @@ async def test_tokens_in_flight_during_an_update_carry_both_versions():
         await service.weights.announce(manifest)
         await service.weights.receive(1, chunks(data))
         await service.weights.commit(1)
+        is_slow = False
         seen = [tuple(version for version, _ in e.rows[0].versions) for e in (await running).episodes]
         assert (0, 1) in seen
         assert set(seen) <= {(0,), (0, 1)}
