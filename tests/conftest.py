@@ -1,5 +1,5 @@
-"""Its folder comes first on sys.path, so that tests can import `tiny_models`; and what several pytest processes run beside
-each other."""
+"""Its folder comes first on sys.path, so that tests can import `tiny_models`; how Hypothesis runs; and what several pytest
+processes run beside each other."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("rlx", deadline=None, derandomize=True)  # on a busy machine, too, and with the same examples
+settings.load_profile("rlx")
 
 _ENGINES = ("test_engine_contract", "test_vllm_engine", "test_vllm_lora", "test_vllm_weights")
 

@@ -60,7 +60,7 @@ def notes(completions, trainer_state, **kwargs):
     with (Path(__file__).parent / "notes").open("a") as notes:
         notes.write(f"begins {trainer_state.global_step}\\n")
         notes.flush()
-        time.sleep(0.5)
+        time.sleep(0.8)
         notes.write(f"ends {trainer_state.global_step}\\n")
     return [1.0] * len(completions)
 
@@ -68,11 +68,15 @@ inside, peak = 0, 0
 
 async def side_by_side(completions, log_metric, **kwargs):
     global inside, peak
+    # "meets" comes back when four calls have been inside together.
     inside += 1
     peak = max(peak, inside)
     if completions[0] == "blocks":
         time.sleep(1000)
-    await asyncio.sleep(1000 if completions[0] == "waits" else 0.3)
+    if completions[0] == "waits":
+        await asyncio.sleep(1000)
+    while completions[0] == "meets" and peak < 4:
+        await asyncio.sleep(0.01)
     inside -= 1
     log_metric("peak", peak)
     return [1.0] * len(completions)
@@ -94,11 +98,11 @@ def misbehaves(completions, log_metric, **kwargs):
         os._exit(7)
     elif what == "alarm":
         signal.signal(signal.SIGALRM, lambda *_: os._exit(8))
-        signal.alarm(1)
-    elif what == "outlives an alarm":
-        time.sleep(1.2)
-    elif what == "dies of an alarm":
         signal.alarm(2)
+    elif what == "outlives an alarm":
+        time.sleep(2.2)
+    elif what == "dies of an alarm":
+        signal.alarm(1)
         time.sleep(1000)
     elif what == "blocks in C":
         ctypes.PyDLL(None).sleep(1000)

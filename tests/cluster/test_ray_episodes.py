@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -83,7 +82,7 @@ def make_config(folder: Path, function: str, **episodes: Any) -> Config:
         "output_dir": str(folder / "out"),
         "datasets": [{"path": "none"}],
         "trl": {"rollout_func": f"functions.{function}", "max_prompt_length": 32, "max_completion_length": 64},
-        "episodes": {"timeout": 20, "stall_timeout": 1.5, **episodes},
+        "episodes": {"timeout": 120, "stall_timeout": 60, **episodes},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
     return load_config(folder / "config.yaml")
@@ -111,7 +110,7 @@ async def running(config: Config, runtime: RayRuntime) -> AsyncIterator[tuple[Ra
 
 
 async def gone(pid: int, start: int) -> None:
-    async with asyncio.timeout(15):
+    async with asyncio.timeout(60):
         while alive(pid, start):  # noqa: ASYNC110 - a process that ends sets no event here
             await asyncio.sleep(0.05)
 
@@ -140,11 +139,12 @@ async def test_episodes_run_beside_each_other_in_a_process_of_their_own(tmp_path
 async def test_a_function_that_blocks_is_named_with_its_line_and_the_process_replaced(
     tmp_path: Path, runtime: RayRuntime, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with running(make_config(tmp_path, "misbehaves", failure_budget=1.0), runtime) as (episodes, worker):
+    config = make_config(tmp_path, "misbehaves", failure_budget=1.0, stall_timeout=3)
+    async with running(config, runtime) as (episodes, worker):
         marker = tmp_path / "marker"
         beside = request("run/0/1", what="waits for another process", marker=str(marker))
         innocent = asyncio.create_task(episodes.run(worker, beside))
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while not marker.exists():  # noqa: ASYNC110 - another process makes it
                 await asyncio.sleep(0.05)
         blocked = await episodes.run(worker, request("run/0/10", what="blocks"))
@@ -157,11 +157,10 @@ async def test_a_function_that_blocks_is_named_with_its_line_and_the_process_rep
 async def test_a_call_in_c_that_keeps_the_lock_of_python_ends_its_process_and_is_named_in_the_log(
     tmp_path: Path, runtime: RayRuntime
 ) -> None:
-    config = make_config(tmp_path, "misbehaves", failure_budget=1.0, retries=0)
+    config = make_config(tmp_path, "misbehaves", failure_budget=1.0, retries=0, stall_timeout=3)
     async with running(config, runtime) as (episodes, worker):
-        start = time.monotonic()
-        blocked = await episodes.run(worker, request("g", what="blocks in C"))
-        assert time.monotonic() - start < 30
+        async with asyncio.timeout(100):  # before episodes.timeout
+            blocked = await episodes.run(worker, request("g", what="blocks in C"))
         assert [e.status for e in blocked] == ["aborted"] * 2
         log = tmp_path / "out" / "logs" / "rlx-episodes-0.log"
         assert str(log) in blocked[0].error
@@ -181,7 +180,7 @@ async def test_what_ends_a_program_ends_one_episode(tmp_path: Path, runtime: Ray
         assert episodes.pids == [pid]
         await episodes.run(worker, request("prints", what="prints"))
         log = tmp_path / "out" / "logs" / "rlx-episodes-0.log"
-        async with asyncio.timeout(15):
+        async with asyncio.timeout(60):
             while log.stat().st_size > LOG_BYTES:  # noqa: ASYNC110 - another process makes it shorter
                 await asyncio.sleep(0.05)
         assert "earlier output was removed" in log.read_text()[:100]
@@ -201,7 +200,7 @@ async def test_a_function_that_ends_its_process_is_tried_again_and_then_aborted(
 
 
 async def test_a_thread_that_never_ends_times_out_and_its_process_goes(tmp_path: Path, runtime: RayRuntime) -> None:
-    config = make_config(tmp_path, "never_ends", timeout=1.5, failure_budget=1.0)
+    config = make_config(tmp_path, "never_ends", timeout=4, failure_budget=1.0)
     async with running(config, runtime) as (episodes, worker):
         pid = episodes.pids[0]
         start = descendants(1)[pid]

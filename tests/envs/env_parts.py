@@ -97,7 +97,7 @@ class Policy:
 
     async def asked(self, times: int) -> None:
         """Wait until it was asked so many times."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while len(self.requests) < times:
                 self._news.clear()
                 await self._news.wait()
@@ -154,7 +154,7 @@ def runner_of(
     return EpisodeRunner(
         function,
         chat or chat_of(),
-        EpisodesSection(**{"timeout": 30.0, **settings}),
+        EpisodesSection(**{"timeout": 120.0, **settings}),
         max_model_len=max_model_len,
         environments=environments,
         endpoint=endpoint,

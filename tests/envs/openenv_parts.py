@@ -86,7 +86,7 @@ class FakeServer:
 
     async def refused(self, times: int) -> None:
         """Wait until it refused so many sessions."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while self.refusals < times:
                 self._refused.clear()
                 await self._refused.wait()
@@ -258,7 +258,7 @@ async def instances(url: str) -> int:
         return int((await client.get(f"{url}/instances")).text)
 
 
-async def until_instances(url: str, expected: int, seconds: float = 20.0) -> None:
+async def until_instances(url: str, expected: int, seconds: float = 60.0) -> None:
     async with asyncio.timeout(seconds):
         while await instances(url) != expected:  # noqa: ASYNC110 - it is in another process
             await asyncio.sleep(0.05)

@@ -65,7 +65,7 @@ async def episodes_of(
     prompt: Any,
     *,
     n: int = 1,
-    seconds: float = 20.0,
+    seconds: float = 120.0,
     max_tokens: int = 512,
     max_model_len: int = 8192,
     **columns: Any,

@@ -124,7 +124,7 @@ class Stage:
         *,
         n: int = 1,
         max_tokens: int = 2000,
-        seconds: float = 30.0,
+        seconds: float = 120.0,
     ) -> tuple[list[Episode], Policy]:
         policy = Policy(self.chat, say)
         runner = EpisodeRunner(
@@ -384,7 +384,7 @@ async def test_sub_agents_side_by_side_have_a_row_each(stage: Stage) -> None:
     met = asyncio.Barrier(2)
 
     async def say(before: str) -> str:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await met.wait()  # both are sampled at the same time, at every turn
         return "from A" if "You are A" in before else "from B"
 
@@ -408,7 +408,7 @@ async def test_the_same_question_side_by_side_is_sampled_in_rows_of_its_own(stag
     met = asyncio.Barrier(3)
 
     async def say(before: str) -> str:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             return str(await met.wait())
 
     async def agent(at: OpenAIEndpoint) -> None:
@@ -714,7 +714,7 @@ async def test_a_request_that_runs_at_the_end_of_its_episode_is_cancelled_and_an
         await begun.wait()
 
     episode, policy = await stage.one(agent, say)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         with pytest.raises(openai.AuthenticationError):
             await left[0]
         await ended.wait()
@@ -785,14 +785,12 @@ async def test_a_defect_of_the_sampling_is_never_the_work_of_an_agent(stage: Sta
 
 
 async def test_an_agent_that_hangs_up_cancels_its_sampling_and_may_ask_again(stage: Stage) -> None:
-    cancelled = asyncio.Event()
-    times = 0
+    begun, cancelled = asyncio.Event(), asyncio.Event()
 
     async def say(before: str) -> str:
-        nonlocal times
-        times += 1
-        if times > 1:
+        if begun.is_set():
             return "4"
+        begun.set()
         try:
             await asyncio.sleep(60)
         finally:
@@ -801,9 +799,10 @@ async def test_an_agent_that_hangs_up_cancels_its_sampling_and_may_ask_again(sta
 
     async def agent(at: OpenAIEndpoint) -> None:
         client = async_client(at).with_options(max_retries=0)
-        with pytest.raises(openai.APITimeoutError):
-            await client.chat.completions.create(model="any", messages=QUESTION, timeout=0.3)
-        async with asyncio.timeout(10):
+        asking = asyncio.create_task(client.chat.completions.create(model="any", messages=QUESTION))
+        await begun.wait()
+        asking.cancel()
+        async with asyncio.timeout(60):
             await cancelled.wait()
         await client.chat.completions.create(model="any", messages=QUESTION)
 
@@ -835,7 +834,7 @@ async def test_a_stream_keeps_its_client_awake_and_ends_with_it(stage: Stage, mo
                 lines.append(line)
                 if len(lines) > 4:
                     break
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await cancelled.wait()
         lines.append("and ended")
 
@@ -846,19 +845,24 @@ async def test_a_stream_keeps_its_client_awake_and_ends_with_it(stage: Stage, mo
 
 async def test_an_error_after_a_stream_began_reaches_the_agent(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(openai_api, "KEEP_ALIVE_S", 0.02)
+    streaming, told = asyncio.Event(), []
 
     async def say(before: str) -> str:
-        await asyncio.sleep(0.2)
+        await streaming.wait()
         raise ServiceUnavailable("worker 0 is down")
 
     async def agent(at: OpenAIEndpoint) -> None:
         stream = await async_client(at).chat.completions.create(model="any", messages=QUESTION, stream=True)
-        with pytest.raises(openai.APIError, match="worker 0 is down"):
+        streaming.set()
+        try:
             async for _ in stream:
                 pass
+        except openai.APIError as error:
+            told.append(str(error))
 
     with pytest.raises(ServiceUnavailable):
         await stage.one(agent, say)
+    assert told == ["ServiceUnavailable: worker 0 is down"]
 
 
 async def test_a_request_ends_with_the_deadline_of_its_episode(stage: Stage) -> None:
@@ -892,8 +896,8 @@ async def test_an_agent_without_an_end_is_cut_at_the_deadline_of_its_episode(sta
     begun = time.monotonic()
     episode, _ = await stage.one(agent, say, seconds=0.5)
     assert episode.status == "timeout"
-    assert time.monotonic() - begun < 10
-    async with asyncio.timeout(10):
+    assert time.monotonic() - begun < 40
+    async with asyncio.timeout(60):
         while not statuses:  # noqa: ASYNC110, the agent's thread ends by itself
             await asyncio.sleep(0.02)
     assert statuses[0] in (401, 504)

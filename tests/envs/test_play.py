@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import AsyncIterator
 from typing import Any
 
+import numpy as np
 import pytest
 from env_parts import Policy, chat_of, group, runner_of, tiny_tokenizer
 from openenv_parts import HINT, FakeServer, config_with, until_instances
 
 from rlx.envs.chat import Chat
+from rlx.envs.data_text import DataText
 from rlx.envs.openenv import OpenEnvs
 from rlx.envs.play import player, rendered
 from rlx.envs.rollout import Rollout
@@ -113,11 +114,19 @@ async def test_calls_after_the_end_are_not_made(server: FakeServer) -> None:
     assert (episode.reward, len(server.actions)) == (1.0, 1)
 
 
-async def test_a_long_observation_ends_the_episode_as_truncated_before_it_is_tokenised(server: FakeServer) -> None:
+async def test_a_long_observation_ends_the_episode_as_truncated_before_it_is_tokenised(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     server.observation = "x" * 8_000_000
-    began = time.monotonic()
+    encoded, real = [0], DataText.encode
+
+    def encode(self: DataText, rendered: str) -> np.ndarray:
+        encoded.append(len(rendered))
+        return real(self, rendered)
+
+    monkeypatch.setattr(DataText, "encode", encode)
     episode, _ = await played(server, plain_chat(), ["1", "2"])
-    assert time.monotonic() - began < 2
+    assert max(encoded) < 10_000
     assert (episode.status, episode.reward, episode.turns) == ("truncated", pytest.approx(-0.1), 1)
     assert "8,000,000 characters were to be shown" in episode.error
 

@@ -75,7 +75,7 @@ class Counter:
 TOOLS = '''
 import asyncio, threading
 
-together = threading.Barrier(2, timeout=20)
+together = threading.Barrier(2, timeout=60)
 met = asyncio.Event()
 
 def meet(name: str) -> str:
@@ -372,20 +372,24 @@ class Env:
 async def test_a_synchronous_tool_that_hangs_is_named(tmp_path, monkeypatch):
     source = """
 import threading
-go = threading.Event()
+entered, go = threading.Event(), threading.Event()
 def hang() -> str:
     '''Hangs.'''
+    entered.set()
     go.wait(60)
     return "late"
 """
-    [episode], _ = await play(tmp_path, source, lambda _: call("hang"), trl={"tools": ["mine.hang"]}, seconds=0.3)
-    assert episode.status == "timeout"
+    running = asyncio.create_task(play(tmp_path, source, lambda _: call("hang"), trl={"tools": ["mine.hang"]}))
+    await asyncio.sleep(0)
+    assert await asyncio.to_thread(resolve("mine.entered.wait", base_dir=tmp_path, key="test"), 60)
+    running.cancel()
+    await asyncio.wait({running})
     monkeypatch.setattr("rlx.envs.threads.GRACE_S", 0.0)
     assert stuck_threads() == ["hang of group, episode 0"]
     resolve("mine.go.set", base_dir=tmp_path, key="test")()
     for thread in threading.enumerate():
         if thread.name.startswith("hang of"):
-            await asyncio.to_thread(thread.join, 10)
+            await asyncio.to_thread(thread.join, 60)
     assert not stuck_threads()
 
 
@@ -416,7 +420,7 @@ class Env:
     resolve("mine.go.set", base_dir=tmp_path, key="test")()
     for thread in threading.enumerate():
         if thread.name.startswith("its constructor of"):
-            await asyncio.to_thread(thread.join, 10)
+            await asyncio.to_thread(thread.join, 60)
     assert await status(30.0) == "ok"
     assert [environment.closed for environment in made(tmp_path)] == [1, 1]
 
