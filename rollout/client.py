@@ -46,6 +46,8 @@ Then it lets workers swap one after the other for that long; the last of them, a
 swap and be verified; and it waits for one when none took the weights."""
 PUBLISH = _ANNOUNCE + 1 + _COMMIT
 """How many times that a whole publish may take, with the transfer"""
+_TAKE_BACK_S = 2.0
+"""How long `close` lets what was taken back reach the service."""
 _HINT = "start it in another terminal: rlx vllm-serve <cfg.yaml>"
 
 
@@ -90,12 +92,13 @@ class RolloutClient:
     ):
         self.base_url = base_url.rstrip("/")
         self._timeouts = timeouts or ClientTimeouts()
-        self._start_lock = threading.Lock()
+        self._start_lock, self._is_closed = threading.Lock(), False
         self._thread: threading.Thread | None = None
         self._loop = asyncio.new_event_loop()
         self._slots = asyncio.Semaphore(max_in_flight)
         self._authorization = {"Authorization": f"Bearer {token}"} if token else {}
         self._session = ""
+        self._cancels: set[concurrent.futures.Future[dict[str, Any]]] = set()
         self._direct = DirectRollouts(self._ask_routes, self._post_group, _MARGIN_S) if direct else None
 
     def __enter__(self) -> RolloutClient:
@@ -105,12 +108,15 @@ class RolloutClient:
         self.close()
 
     def close(self) -> None:
-        """Give up what is in flight and end the thread; idempotent."""
+        """Give up what is in flight and end the thread, once the service knows what was taken back; idempotent. Calls that
+        come later raise RuntimeError."""
+        concurrent.futures.wait(tuple(self._cancels), _TAKE_BACK_S)
+        with self._start_lock:
+            self._is_closed = True
         if self._loop.is_closed():
             return
         if self._thread is not None:
-            asyncio.run_coroutine_threadsafe(self._shut(), self._loop).result(self._timeouts.call_s)
-            self._loop.call_soon_threadsafe(self._loop.stop)
+            asyncio.run_coroutine_threadsafe(self._shut(), self._loop)
             self._thread.join(self._timeouts.call_s)
         self._loop.close()
 
@@ -187,7 +193,9 @@ class RolloutClient:
         """Take these groups back: the service stops them, who waits for one gets GroupCancelled. Returns at once; a
         service that cannot be reached has lost them anyway."""
         if listed := list(keys):
-            self._start(self._json("POST", "/v1/rollouts/cancel", "cancelled groups", {"keys": listed}))
+            future = self._start(self._json("POST", "/v1/rollouts/cancel", "cancelled groups", {"keys": listed}))
+            self._cancels.add(future)
+            future.add_done_callback(self._cancels.discard)
 
     def rollouts(
         self, requests: Iterable[GroupRequest], on_group: Callable[[GroupResult], None] = lambda _: None
@@ -328,17 +336,21 @@ class RolloutClient:
 
     def _start(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
         with self._start_lock:
+            if self._is_closed:
+                work.close()
+                raise RuntimeError(f"the client of {self.base_url} is closed")
             if self._thread is None:
                 self._thread = threading.Thread(target=self._loop.run_forever, name="rollout-client", daemon=True)
                 self._thread.start()
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
+            return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     async def _shut(self) -> None:
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
+        while others := asyncio.all_tasks() - {asyncio.current_task()}:  # one that ends may begin another
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
         await self._http.close()
+        self._loop.stop()
 
 
 async def _pieces(data: bytes | memoryview | Iterable[bytes]) -> AsyncIterator[bytes | memoryview]:

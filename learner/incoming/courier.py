@@ -41,7 +41,7 @@ class Client(Protocol):
     def submit(self, request: GroupRequest) -> Any: ...
     def cancel(self, keys: list[str]) -> None: ...
     def begin_session(self, session: str) -> Mapping[str, Any]: ...
-    def wait_until_ready(self, timeout_s: float, on_wait: Callable[[str], None]) -> Any: ...
+    def wait_until_ready(self, timeout_s: float, on_wait: Callable[[str], None]) -> Mapping[str, Any]: ...
     def instance(self) -> str: ...
     def workers(self) -> Mapping[str, Any]: ...
 
@@ -61,6 +61,7 @@ class Evaluator(Protocol):
 
     def start(self, step: int, version: int) -> None: ...
     def result(self, timeout_s: float) -> Evaluation: ...
+    def cancel(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ class Courier:
         self._closed = threading.Event()
         self._instance, self._served = "", None  # type: tuple[str, tuple[int, Packed] | None]
         self._idle_since: float | None = None
-        """When a service was first found again of which nothing came yet"""
+        """When a service first was back of which nothing came yet"""
         self._load: dict[str, tuple[float, float]] = {}
         """Of each worker, when it was asked last, and the seconds that it had been busy by then"""
         self._is_new = True
@@ -155,7 +156,10 @@ class Courier:
         self._idle_since = None
 
     def close(self) -> None:
+        """End the thread; its evaluation is taken back, and a publish under way has some seconds to end by itself."""
         self._closed.set()
+        if self._evaluator is not None:
+            self._evaluator.cancel()
         self._errands.put(None)
         if self._thread.is_alive():
             self._thread.join(_JOIN_S)
@@ -196,8 +200,13 @@ class Courier:
         version = self._publisher.version
         assert version is not None
         if evaluator is not None:
-            evaluator.start(step, version)
+            self._begin(evaluator, step, version)
         self._on_served(Served(step, version, times, *news))
+
+    def _begin(self, evaluator: Evaluator, step: int, version: int) -> None:
+        evaluator.start(step, version)
+        if self._closed.is_set():  # `close` came before there was anything to take back
+            evaluator.cancel()
 
     def _evaluate(self, evaluator: Evaluator, step: int, packed: Packed) -> None:
         for attempt in range(_ATTEMPTS):
@@ -205,7 +214,7 @@ class Courier:
             version = self._publisher.version
             assert version is not None
             if attempt or not self._evaluates_first:
-                evaluator.start(step, version)
+                self._begin(evaluator, step, version)
             try:
                 evaluation = evaluator.result(self._waits.evaluation_s)
                 break
@@ -219,32 +228,35 @@ class Courier:
         self._on_evaluation(evaluation, packed)
 
     def _recover(self, cause: ServiceError) -> None:
+        """Raises `cause` when nothing came of the services that were back for as long as one is waited for."""
+        if self._idle_since is not None and time.monotonic() - self._idle_since > self._waits.service_s:
+            raise cause
         self._reconnect(cause)
         if self._is_new and self._served is not None:
             self._send(*self._served)
+        if self._idle_since is None:
+            self._idle_since = time.monotonic()
         self._on_back()
 
     def _reconnect(self, cause: ServiceError) -> None:
         """Returns when a service answers; `_is_new` until it has the weights, where it is another process than before.
 
-        Raises when none answers in time, and `cause` when nothing came of those that did for as long."""
+        That one gets the session. The same one has it, unless another learner took it over: then it stays there."""
         self.doing, began = "reconnecting", time.monotonic()
         self._on_lost(cause)
         end = began + 2 * self._waits.service_s
         while True:
             if self._closed.wait(_PAUSE_S) or time.monotonic() > end:
                 raise cause
-            self._client.wait_until_ready(self._waits.service_s, self._on_wait)
+            instance = str(self._client.wait_until_ready(self._waits.service_s, self._on_wait)["instance"])
+            if instance == self._instance:
+                break
             try:
                 instance = str(self._client.begin_session(self._session)["instance"])
                 break
             except ServiceUnavailable as error:
                 cause = error
-        now = time.monotonic()
-        since = self._idle_since = self._idle_since or now
-        if now - since > self._waits.service_s:
-            raise cause
-        self._on_found(now - began, instance != self._instance)
+        self._on_found(time.monotonic() - began, instance != self._instance)
         if instance != self._instance:
             self._instance, self._is_new = instance, True
             self._publisher.forget()

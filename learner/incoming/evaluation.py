@@ -1,7 +1,7 @@
 """Evaluation: the held-out prompts sampled beside the training groups, all on one weight version, and what came out.
 
     start(step, version) ─► one request per held-out prompt ─► service ─► result(): Evaluation
-                                                                          cancel() takes the requests back
+                                                                └─ cancel() takes the requests back
 
 Consumes: the held-out prompts. Waits for: their groups, in `result`, at most as long as it is told; the error names
 what is missing. Not here: when to evaluate, and keeping the workers on the version meanwhile (the feed).
@@ -52,7 +52,7 @@ class Evaluation:
     mean_length: float
     """Tokens per completion"""
     seconds: float
-    """From the start to the last group's arrival"""
+    """From the start until all groups were there"""
     samples: list[dict[str, Any]] = field(default_factory=list, repr=False)
     """The first completion of some prompts, with its rewards"""
 
@@ -66,12 +66,12 @@ class Client(Protocol):
 
 
 class Evaluator:
-    """One evaluation at a time. `session` begins the keys of its requests. Call it from one thread."""
+    """One evaluation at a time. `session` begins the keys of its requests. Call it from one thread; `cancel` from any."""
 
     def __init__(self, config: Config, client: Client, held_out: Sequence[Prompt], session: str):
         self._config, self._client, self._held_out, self._session = config, client, list(held_out), session
         self._step, self._version, self._attempt = -1, 0, 0
-        self._started_at = self._arrived_at = 0.0
+        self._started_at = 0.0
         self._futures: dict[str, concurrent.futures.Future[GroupResult]] = {}
 
     def start(self, step: int, version: int) -> None:
@@ -83,37 +83,32 @@ class Evaluator:
         self.cancel()
         self._attempt = self._attempt + 1 if step == self._step else 0
         self._step, self._version = step, version
-        self._started_at = self._arrived_at = time.perf_counter()
+        self._started_at = time.perf_counter()
         n = self._config.trl.num_generations_eval
         again = f".{self._attempt}" if self._attempt else ""
-        for request in requests_of(self._config, self._held_out, self._session, step, "eval", n):
-            future = self._client.submit(replace(request, key=request.key + again))
-            future.add_done_callback(self._arrived)
-            self._futures[request.key + again] = future
-
-    def _arrived(self, future: concurrent.futures.Future[GroupResult]) -> None:
-        self._arrived_at = time.perf_counter()  # in the client's thread
+        requests = requests_of(self._config, self._held_out, self._session, step, "eval", n)
+        keyed = {request.key + again: request for request in requests}
+        self._futures = {key: self._client.submit(replace(request, key=key)) for key, request in keyed.items()}
 
     def result(self, timeout_s: float) -> Evaluation:
         """Wait for the groups and sum them up. Raises what a group failed with, DeadlineExceeded, or ServiceError when
         a token is not of the version that `start` named. Then nothing is running any more, also after an error."""
         try:
             groups = self._groups(timeout_s)
+            seconds = time.perf_counter() - self._started_at
             for group in groups:
                 self._check_version(group)
         except BaseException:  # whatever ends it, nobody will ask for its groups any more
             self.cancel()
             raise
-        self._futures = {}
-        return evaluation_of(
-            self._config, self._held_out, groups, self._step, self._version, self._arrived_at - self._started_at
-        )
+        finally:
+            self._futures = {}
+        return evaluation_of(self._config, self._held_out, groups, self._step, self._version, seconds)
 
     def cancel(self) -> None:
-        """Take back what is still sampled; returns at once."""
+        """Take back what is still sampled; returns at once. Who waits in `result` gets GroupCancelled."""
         if left := [key for key, future in self._futures.items() if not future.done()]:
             self._client.cancel(left)
-        self._futures = {}
 
     def _groups(self, timeout_s: float) -> list[GroupResult]:
         futures = self._futures.values()

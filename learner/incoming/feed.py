@@ -143,8 +143,10 @@ class Feed:
             self._publish(step, model)
 
     def finish(self, model: nn.Module) -> None:
-        """Publish and evaluate the policy after the last step; returns when that is done."""
+        """Publish and evaluate the policy after the last step; returns when that is done. Groups that are still under way
+        are taken back: no step trains on them."""
         step = min(self._ledger.step, self._ledger.rules.total_steps)
+        self._take_all_back()
         while True:
             with self._changed:
                 self._raise_error()
@@ -163,10 +165,9 @@ class Feed:
     def close(self) -> None:
         """Take back what is in flight; idempotent. The client is to be closed after it."""
         with self._changed:
-            self._is_closed, keys = True, list(self._flights)
-            self._flights.clear()
+            self._is_closed = True
+        self._take_all_back()
         self._courier.close()
-        self._client.cancel(keys)
 
     def _publish(self, step: int, model: nn.Module) -> None:
         began = time.monotonic()
@@ -253,10 +254,18 @@ class Feed:
         if keys:
             self._client.cancel(keys)
 
+    def _take_all_back(self) -> None:
+        with self._changed:
+            keys = list(self._flights)
+            self._flights.clear()
+        self._client.cancel(keys)
+
     # --- any thread, under the lock -------------------------------------------------------------------------------
 
     def _pump(self) -> None:
-        """Send what the ledger lets go."""
+        """Send what the ledger lets go; nothing once this is closed, as nobody would take it back."""
+        if self._is_closed:
+            return
         for ticket in self._ledger.dispatch():
             request = self._request_of(ticket.number, ticket.attempt)
             self._submit(_Flight(ticket.number, ticket.attempt, request, time.monotonic(), self._courier.generation))

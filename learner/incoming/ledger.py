@@ -242,7 +242,7 @@ class Ledger:
 
     def _steps_ahead(self) -> int:
         """Batches, from the next one, that may hold what is sampled now."""
-        if self.served is None:
+        if self.served is None or self.step >= self.rules.total_steps:
             return 0
         return (self.rules.max_staleness - (self.step - self.served)) // self.rules.steps_per_batch + 1
 

@@ -151,9 +151,10 @@ class Client:
 
     def cancel(self, keys: list[str]) -> None:
         service = self._service
-        with service.lock:
+        with service.arrived:
             jobs = [service.running.pop(key) for key in keys if key in service.running]
             service.cancelled += [key.partition("/")[2] for key in keys]
+            service.arrived.notify_all()
         for job in jobs:
             job.future.set_exception(GroupCancelled(f"{job.request.key} was taken back"))
 
@@ -164,16 +165,18 @@ class Client:
             others = [key for key in service.running if key.partition("/")[0] != session]
             jobs = [service.running.pop(key) for key in others]
             service.session = self._session = session
+            instance = service._instance
         for job in jobs:
             job.future.set_exception(SessionReplaced(f"the service belongs to {session} now"))
-        return {"instance": service._instance, "weight_version": service.version, "replaced": others}
+        return {"instance": instance, "weight_version": service.version, "replaced": others}
 
-    def wait_until_ready(self, timeout_s: float, on_wait: Callable[[str], None]) -> None:
+    def wait_until_ready(self, timeout_s: float, on_wait: Callable[[str], None]) -> dict[str, Any]:
         service = self._service
         on_wait("the service")
         with service.arrived:
             if not service.arrived.wait_for(lambda: service.is_up, timeout_s):
                 raise ServiceUnavailable(f"no rollout service was ready within {timeout_s:g} s")
+            return {"instance": service._instance}
 
     def instance(self) -> str:
         self._check_up()

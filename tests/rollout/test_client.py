@@ -446,3 +446,56 @@ def test_closing_gives_up_what_is_in_flight_and_ends_the_thread():
         s.client.close()
         assert future.cancelled()
         assert "rollout-client" not in [thread.name for thread in set(threading.enumerate()) - others]
+
+
+def test_what_was_taken_back_reaches_the_service_though_the_client_is_closed_at_once():
+    with served() as s:
+        s.workers[0].silent = True
+        s.client.submit(group())
+        while "g-1" not in s.workers[0].generated:
+            time.sleep(0.001)
+        s.client.cancel(["g-1"])
+        s.client.close()
+        groups = s.running.service.groups
+        while s.running.call(lambda: groups.num_running):
+            time.sleep(0.001)
+        assert groups.outcomes == {"ok": 0, "failed": 0, "cancelled": 1}
+
+
+def test_closing_does_not_wait_long_for_a_service_that_is_gone(monkeypatch):
+    monkeypatch.setattr(client_module, "_TAKE_BACK_S", 0.01)
+    with bind("127.0.0.1", 0) as silent:
+        client = RolloutClient(f"http://127.0.0.1:{silent.getsockname()[1]}", TOKEN, TIMEOUTS)
+        future = client.submit(group())
+        client.cancel(["g-1"])
+        client.close()
+        assert future.cancelled()
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_what_is_begun_while_it_is_closed_ends_with_it_or_is_refused(direct):
+    """Other threads, as that of a live view, do not wait for ever."""
+    with run_service() as running:
+        client = RolloutClient(running.url, TOKEN, TIMEOUTS, direct=direct)
+        client.wait_until_ready(5)
+        running.workers[0].silent = True
+        begun, futures, refused = threading.Event(), [], []
+
+        def submit():
+            try:
+                while True:
+                    futures.append(client.submit(group(f"g-{len(futures)}")))
+                    if len(futures) == 20:
+                        begun.set()
+            except RuntimeError as error:
+                refused.append(str(error))
+
+        thread = threading.Thread(target=submit)
+        thread.start()
+        assert begun.wait(60)
+        client.close()
+        thread.join(60)
+        assert refused == [f"the client of {running.url} is closed"]
+        assert all(future.done() for future in futures)
+        with pytest.raises(RuntimeError, match="is closed"):
+            client.workers()

@@ -50,6 +50,7 @@ class FakeEvaluator:
         self.started: list[tuple[int, int]] = []
         self.over = threading.Event()
         self.over.set()
+        self.num_cancelled = 0
 
     def start(self, step: int, version: int) -> None:
         self.started.append((step, version))
@@ -61,6 +62,11 @@ class FakeEvaluator:
             raise self.errors.pop()
         self._service.tell(("evaluated", self.started[-1][0], self._service.policy))
         return self.started[-1]
+
+    def cancel(self) -> None:
+        self.num_cancelled += 1
+        self.errors.append(GroupCancelled("taken back"))
+        self.over.set()
 
 
 @dataclass
@@ -81,6 +87,14 @@ class Run:
         self.service.log.append(("train", len(self.batches) - 1))
         self.model.train_step()
         return batch
+
+    def close_in_background(self) -> threading.Thread:
+        """Returns when everything was told to end, and only the courier is waited for."""
+        thread = threading.Thread(target=self.feed.close)
+        thread.start()
+        while self.feed._courier._errands.empty():
+            time.sleep(0.001)
+        return thread
 
     def in_background(self) -> Callable[[], Fetched]:
         """Begins a step; the result waits for it."""
@@ -522,3 +536,50 @@ def test_closing_takes_back_what_is_in_flight():
         run.in_background()
         service.wait_for(lambda: len(service.tickets()) == 2)
     assert service.cancelled == ["2.0", "3.0"]
+
+
+def test_a_publish_that_ends_while_the_feed_is_closed_sends_nothing_any_more():
+    service = Service()
+    with learner(service, max_staleness=1) as run:
+        step = run.in_background()
+        service.finish("0.0", "1.0")
+        step()
+        run.publisher.may_answer.clear()
+        step = run.in_background()
+        service.finish("2.0", "3.0")
+        step()
+        service.wait_for(lambda: service.version == 2)
+        closing = run.close_in_background()
+        run.publisher.may_answer.set()
+        closing.join(60)
+    assert [entry[1] for entry in service.log if entry[0] == "submit"] == ["0.0", "1.0", "2.0", "3.0"]
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_closing_takes_an_evaluation_back_and_does_not_wait_for_it(staleness: int):
+    service = Service()
+    evaluator = FakeEvaluator(service)
+    evaluator.over.clear()
+    with learner(service, evaluates=lambda step: step == 0, evaluator=evaluator, max_staleness=staleness) as run:
+        step = run.in_background()
+        service.finish("0.0", "1.0")
+        step()
+        service.wait_for(lambda: ("evaluation", 0, 0.0) in service.log)
+        run.feed.close()
+        assert evaluator.num_cancelled == 1
+        assert not run.feed._courier._thread.is_alive()
+
+
+def test_an_evaluation_that_begins_while_the_feed_is_closed_is_taken_back():
+    service = Service()
+    evaluator = FakeEvaluator(service)
+    with learner(service, evaluates=lambda step: step == 0, evaluator=evaluator) as run:
+        run.publisher.may_answer.clear()
+        run.in_background()
+        service.wait_for(lambda: service.version == 1)
+        closing = run.close_in_background()
+        before = evaluator.num_cancelled
+        run.publisher.may_answer.set()
+        closing.join(60)
+        assert (before, evaluator.num_cancelled) == (1, 2)
+    assert run.evaluations == []
