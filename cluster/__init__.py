@@ -1,5 +1,13 @@
-"""Everything that uses Ray: its start and placement, the actors of engines and rewards, and the commands
-`rlx vllm-serve` (`serve`), `rlx run` (`run`) and `rlx check` (`check`)."""
+"""Everything that uses Ray, and the commands that do.
+
+commands    serve (`rlx vllm-serve`), run, check, reward_test with reward_cases and reward_report, rollout_test, workers,
+            dashboard
+Ray itself  ray_runtime, layout (which devices), reservation, watchdog, calls, killable, progress
+workers     ray_worker → rollout_actor → engines; packed (completions on their way); direct (`service.direct`)
+episodes    ray_episodes → episode_actor
+rewards     ray_scorer → reward_pool → reward_actor
+to be seen  ray_metrics, ray_routes, panels (Grafana's dashboards)
+"""
 
 import os
 

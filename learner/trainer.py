@@ -182,7 +182,7 @@ class GRPOTrainer(Trainer):
         high_entropy_T, entropy_weight = inputs.get("high_entropy_T"), inputs.get("entropy_weight", 0.0)
         temperature = self._config.trl.temperature
         logprobs_T, entropies_T = completion_logprobs(model, batch, temperature, entropy_gradient=entropy_weight != 0)
-        self.stream.hear(inputs["samples"], logprobs_T)
+        self.stream.keep_logprobs(inputs["samples"], logprobs_T)
         assert entropies_T is not None
         ref_logprobs_T = None
         if self._config.trl.beta > 0:

@@ -105,12 +105,16 @@ class RolloutStream:
         self._config, self._plan, self._ranks, self._prompts, self._layout = config, plan, ranks, prompts, layout
         self._current_step, self._last_step = current_step, last_step
         self._fetch, self._on_step = fetch, on_step
-        self._old_logprobs, self._reopen = old_logprobs, reopen
+        self._score, self._reopen = old_logprobs, reopen
         self._batch: StepBatch | None = None
-        self._old: np.ndarray | None = None
+        self._old_logprobs: np.ndarray | None = None
+        """Of `_batch`: float32, of all trained tokens in the order of its rows; None where one step trains on it"""
         self._parts: list[list[Sample]] = []
+        """The samples of all ranks for each step of a pass over `_batch`"""
         self._shown: dict[int, list[Sample]] = {}
-        self._heard: RowLogprobs | None = None
+        """By place in `StepBatch.episodes`, the rows of the episodes that get a sample record"""
+        self._kept_logprobs: RowLogprobs | None = None
+        """Of the rows in `_shown`; None where their old log-probabilities are kept anyway"""
         self.order = prompt_order(config, len(prompts))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -120,70 +124,71 @@ class RolloutStream:
             if batch is not self._batch:
                 self._arrange(batch)
             part = self._parts[step % self._plan.steps_per_batch % self._plan.steps_per_pass]
-            mine = self._mine(part)
+            mine = self._own_micro_batches(part)
             micro_batches = [collate(samples, self._layout) for samples in mine]
             self.num_micro_batches = len(micro_batches)
             for micro_batch, samples in zip(micro_batches, mine, strict=True):
                 yield {"micro_batch": micro_batch, "samples": samples}
 
-    def hear(self, samples: list[Sample], logprobs_T: Tensor) -> None:
-        """The learner's log-probabilities of a micro-batch, of which those of shown samples are kept."""
-        if self._heard is not None:
-            self._heard.take(samples, logprobs_T)
+    def keep_logprobs(self, samples: list[Sample], logprobs_T: Tensor) -> None:
+        """Give the learner's log-probabilities of a micro-batch, float [T]; those of shown samples are kept."""
+        if self._kept_logprobs is not None:
+            self._kept_logprobs.take(samples, logprobs_T)
 
     def shown_logprobs(self) -> dict[int, list[np.ndarray]]:
         """After the first step on a batch, on every rank: for the places of `StepBatch.shown`, of each training row the
         trained tokens' log-probabilities under the policy of that step, float32. Empty after the other steps."""
         if self._batch is None or self._batch.is_reused or not self._shown:
             return {}
-        if self._heard is None:
+        if self._kept_logprobs is None:
             return {
                 place: [s.old_logprobs for s in rows if s.old_logprobs is not None]
                 for place, rows in self._shown.items()
             }
-        ends = iter(self._heard.split(self._heard.of_all(self._ranks)))
+        ends = iter(self._kept_logprobs.split(self._kept_logprobs.of_all(self._ranks)))
         return {place: [next(ends) for _ in rows] for place, rows in self._shown.items()}
 
     def open_batch(self) -> tuple[StepBatch, np.ndarray] | None:
         """Between two steps on one batch: that, and its old log-probabilities, float32, of all trained tokens in the
         order of its rows."""
-        if self._batch is None or self._old is None or self._current_step() % self._plan.steps_per_batch == 0:
+        if self._batch is None or self._old_logprobs is None or self._current_step() % self._plan.steps_per_batch == 0:
             return None
-        return self._batch, self._old
+        return self._batch, self._old_logprobs
 
     def _next(self, step: int) -> StepBatch:
+        """What `step` trains on: the batch of the step before, or one that rank 0 brings and every rank decodes."""
         fetched, is_reused = Fetched((), []), step % self._plan.steps_per_batch > 0
 
         def fetch() -> list[bytes]:
             nonlocal fetched
             fetched = self._fetch(step)
+            brought, old = fetched, b""
             if is_reused and self._batch is None:
                 assert self._reopen is not None
-                opened, old = self._reopen(step)
-                return [
-                    json.dumps(opened.tickets).encode(),
-                    old.tobytes(),
-                    *(group.encode() for group in opened.groups),
-                ]
-            return [json.dumps(fetched.tickets).encode(), b"", *(group.encode() for group in fetched.groups)]
+                brought, logprobs = self._reopen(step)
+                old = logprobs.tobytes()
+            return [json.dumps(brought.tickets).encode(), old, *(group.encode() for group in brought.groups)]
 
         head, old, *frames = self._ranks.from_first(fetch)
         if is_reused and self._batch is not None:
             self._batch = replace(self._batch, step=step, times=fetched.times, metrics=fetched.metrics, is_reused=True)
             return self._batch
-        self._old = np.frombuffer(old, np.float32) if is_reused else None
-        tickets = tuple(json.loads(head))
+        self._old_logprobs = np.frombuffer(old, np.float32) if is_reused else None
         groups = [GroupResult.decode(frame) for frame in frames]
-        rewards_BF, trl = rewards_of(groups), self._config.trl
-        advantages = group_advantages(
+        rewards_BF, tickets = rewards_of(groups), tuple(json.loads(head))
+        prompts = [self._prompts[self.order.at(ticket)] for ticket in tickets]
+        return StepBatch(
+            step, prompts, groups, self._advantages(rewards_BF), rewards_BF, tickets, fetched.times, fetched.metrics,
+            is_reused,
+        )  # fmt: skip
+
+    def _advantages(self, rewards_BF: np.ndarray) -> Advantages:
+        trl = self._config.trl
+        return group_advantages(
             torch.from_numpy(rewards_BF),
             reward_weights_of(self._config, rewards_BF),
             self._plan.num_generations,
             AdvantageOptions(trl.advantage_estimator, trl.scale_rewards, self._config.normalizes_each_reward),
-        )
-        prompts = [self._prompts[self.order.at(ticket)] for ticket in tickets]
-        return StepBatch(
-            step, prompts, groups, advantages, rewards_BF, tickets, fetched.times, fetched.metrics, is_reused
         )
 
     def _arrange(self, batch: StepBatch) -> None:
@@ -191,29 +196,31 @@ class RolloutStream:
         episodes, parts = self._samples(batch), self._plan.steps_per_pass
         order = np.arange(len(episodes))
         if parts > 1:
-            first = batch.step - batch.step % self._plan.steps_per_batch
-            order = np.random.default_rng([self._config.seed, first]).permutation(order)
+            seed = [self._config.seed, self._plan.first_of(batch.step)]
+            order = np.random.default_rng(seed).permutation(order)
         if self._plan.steps_per_batch > 1:
-            if self._old is None:
-                self._old = self._score(episodes, order)
-            ends = iter(np.split(self._old, np.cumsum([s.num_trained for rows in episodes for s in rows])[:-1]))
+            if self._old_logprobs is None:
+                self._old_logprobs = self._scored(episodes, order)
+            ends = iter(
+                np.split(self._old_logprobs, np.cumsum([s.num_trained for rows in episodes for s in rows])[:-1])
+            )
             episodes = [[replace(sample, old_logprobs=next(ends)) for sample in rows] for rows in episodes]
         self._shown = {place: episodes[place] for place in batch.shown(self._config.samples_per_step)}
         if self._shown and self._plan.steps_per_batch == 1:
-            self._heard = RowLogprobs(sample for rows in self._shown.values() for sample in rows)
+            self._kept_logprobs = RowLogprobs(sample for rows in self._shown.values() for sample in rows)
         self._batch = batch
         self._parts = _parts(episodes, order, parts)
 
-    def _score(self, episodes: list[list[Sample]], order: np.ndarray) -> np.ndarray:
+    def _scored(self, episodes: list[list[Sample]], order: np.ndarray) -> np.ndarray:
         """The old log-probabilities of all ranks' samples, one after the other."""
-        assert self._old_logprobs is not None
+        assert self._score is not None
         old = RowLogprobs(sample for rows in episodes for sample in rows)
         for part in _parts(episodes, order, self._plan.steps_per_pass):
-            for mine in self._mine(part):
-                old.take(mine, self._old_logprobs(collate(mine, self._layout)))
+            for mine in self._own_micro_batches(part):
+                old.take(mine, self._score(collate(mine, self._layout)))
         return old.of_all(self._ranks)
 
-    def _mine(self, part: list[Sample]) -> list[list[Sample]]:
+    def _own_micro_batches(self, part: list[Sample]) -> list[list[Sample]]:
         """This rank's micro-batches of one step."""
         accumulation = self._plan.gradient_accumulation_steps
         return split(part, self._ranks.size, accumulation, self._config.token_budget, self._layout)[self._ranks.rank]
@@ -243,6 +250,7 @@ class RolloutStream:
 
 
 def _parts(episodes: list[list[Sample]], order: np.ndarray, count: int) -> list[list[Sample]]:
+    """The rows of the episodes, taken in `order` (places, int [E]), in `count` parts of as many episodes each."""
     return [[sample for i in chosen for sample in episodes[i]] for chosen in np.split(order, count)]
 
 

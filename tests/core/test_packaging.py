@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("core", "rollout", "learner", "rewards", "envs", "cluster")
@@ -30,6 +33,13 @@ def test_the_type_checker_sees_every_module():
     core = {p.name for p in (ROOT / "core").iterdir() if p.suffix == ".py" or (p / "__init__.py").is_file()}
     assert linked == core | set(FOLDERS) - {"core"}
     assert all((ROOT / "typings" / "rlx" / name).exists() for name in linked)
+
+
+@pytest.mark.parametrize("folder", ["rollout", "envs", "cluster", "learner/incoming", "learner/watch"])
+def test_a_large_folder_says_in_its_init_which_module_is_for_what(folder: str):
+    index = set(re.findall(r"\w+", (ROOT / folder / "__init__.py").read_text().split('"""')[1]))
+    modules = {path.stem for path in (ROOT / folder).glob("*.py")} - {"__init__"}
+    assert {name for name in modules - index if not (folder == "rollout" and name.startswith("vllm_"))} == set()
 
 
 def test_nothing_of_this_machine_is_in_the_pinned_requirements():

@@ -102,7 +102,7 @@ def test_context_and_what_was_not_trained_has_no_log_probability_of_the_learner(
     stream = make_stream(settings, lambda step: Fetched((step,), [found]), seen.append, steps=1)
     for item in stream:
         ids_T = item["micro_batch"].target_ids_T
-        stream.hear(item["samples"], -ids_T.float())
+        stream.keep_logprobs(item["samples"], -ids_T.float())
     written = [sample["rows"][0] for sample in sample_records(seen[0], 3, stream.shown_logprobs())]
     assert [row.get("learner_logprobs") for row in written] == [[0.0], None, [0.0, None, None, -3.0, -4.0]]
     assert all("learner_logprobs" not in s["rows"][0] for s in sample_records(seen[0], 4, {}))
