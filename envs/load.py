@@ -8,17 +8,15 @@ envs                                 rlx.envs.play
 from __future__ import annotations
 
 import inspect
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from rlx.config import Config
 from rlx.dotted import resolve
 from rlx.envs.chat import Chat
-from rlx.envs.rollout import Rollout
+from rlx.envs.runner import Native
 from rlx.errors import ConfigError, UserCodeError
-
-Native = Callable[[Rollout], Awaitable[float | None]]
 
 _KEY = "trl.rollout_func"
 _SHAPES = {

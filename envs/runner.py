@@ -27,7 +27,7 @@ from rlx.envs.chat import Chat
 from rlx.envs.errors import EnvLost, EpisodeTruncated
 from rlx.envs.rollout import Rollout
 from rlx.envs.session import Environments
-from rlx.envs.state import Endpoint, EpisodeState, Sample, new_deadline
+from rlx.envs.state import Endpoint, EpisodeState, Sampler, new_deadline
 from rlx.envs.threads import Work, leave_behind, working_for
 from rlx.episode import SCORABLE, Episode, Status
 from rlx.errors import ConfigError, DeadlineExceeded, ServiceError, UserCodeError
@@ -58,7 +58,7 @@ class EpisodeRunner:
         self._function, self._chat, self._settings = function, chat, settings
         self._max_model_len, self._environments, self._endpoint = max_model_len, environments, endpoint
 
-    async def run(self, sample: Sample, request: GroupRequest) -> list[Episode]:
+    async def run(self, sample: Sampler, request: GroupRequest) -> list[Episode]:
         """`request.num_generations` episodes. Raises ServiceError or DeadlineExceeded of `sample`, and ConfigError;
         the other episodes are cancelled then, as they are when this is cancelled."""
         end = time.monotonic() + _SHARE_OF_GROUP * request.deadline_s
@@ -73,7 +73,7 @@ class EpisodeRunner:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _episode(self, sample: Sample, request: GroupRequest, index: int, end: float) -> Episode:
+    async def _episode(self, sample: Sampler, request: GroupRequest, index: int, end: float) -> Episode:
         """`end`, on time.monotonic(): no attempt goes beyond it."""
         for attempt in range(self._settings.retries + 1):
             state = EpisodeState(

@@ -20,7 +20,7 @@ from rlx.episode import StepReward
 from rlx.errors import DeadlineExceeded, ServiceError
 from rlx.wire import Completion, GroupRequest, Sampling
 
-Sample = Callable[[str, np.ndarray, Sampling], Awaitable[Completion]]
+Sampler = Callable[[str, np.ndarray, Sampling], Awaitable[Completion]]
 """(request_id, prompt_ids int32 [P], sampling) -> one completion."""
 _SAMPLING = {field.name for field in fields(Sampling)}
 _CHARACTERS_PER_TOKEN = 16
@@ -70,7 +70,7 @@ class EpisodeState:
 
     def __init__(
         self,
-        sample: Sample,
+        sample: Sampler,
         request: GroupRequest,
         index: int,
         attempt: int,
@@ -90,7 +90,7 @@ class EpisodeState:
         self.exact = True
         self.turns = 0
         self.turn_times: list[tuple[float, float]] = []
-        """When each turn was asked for and was there, in unix seconds"""
+        """(asked for, answered) of each turn, in unix seconds"""
         self.calls = 0
         self.over_budget = False
         self.told_truncated = False

@@ -74,7 +74,7 @@ class Request:
 
 
 class Policy:
-    """A `Sample` that says `says(number of the request, prompt_ids, sampling)`: text, token ids, or an error to raise.
+    """A `Sampler` that says `says(number of the request, prompt_ids, sampling)`: text, token ids, or an error to raise.
 
     Text may hold special tokens. It is cut at `max_tokens`; each log-probability differs from all others.
     """
