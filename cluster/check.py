@@ -50,6 +50,7 @@ def check_main(config: Config, num_processes: int) -> int:
     _check_adapter(config, found)
     _check_optimizer(config, found)
     _check_trackers(config, found)
+    _check_output_dir(config, found)
     _check_rewards(config, row, found)
     if config.has_episodes:
         _check_episodes(config, tokenizer, found)
@@ -186,6 +187,15 @@ def _check_trackers(config: Config, found: _Findings) -> None:
     try:
         check_trackers(config, config.path)
         found.lines.append(f"trackers: {', '.join(config.trackers)}")
+    except ConfigError as error:
+        found.errors.append(error)
+
+
+def _check_output_dir(config: Config, found: _Findings) -> None:
+    from rlx.learner.launch import check_output_dir
+
+    try:
+        check_output_dir(config)
     except ConfigError as error:
         found.errors.append(error)
 

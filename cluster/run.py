@@ -25,7 +25,7 @@ from rlx.cluster.progress import EVENT, WARNING, say
 from rlx.config import Config
 from rlx.config.trackers import check_trackers
 from rlx.errors import DeadlineExceeded
-from rlx.learner.launch import train_main
+from rlx.learner.launch import make_output_dir, train_main
 from rlx.learner.watch.live import SERVICE_LOG
 from rlx.processes import die_with_parent, kill_tree, stop_process
 
@@ -42,6 +42,7 @@ def run_main(config: Config, overrides: list[str], num_processes: int, *, progra
         say("replay: the learner alone, no service is started")
         return train_main(config, overrides, num_processes)
     check_trackers(config, config.path)
+    make_output_dir(config)
     say_when_ready = f"starting the learner: {num_processes} process{'es' if num_processes > 1 else ''}"
     learner = ("train", str(config.path), "--num-processes", str(num_processes))
     environment = dict(os.environ)

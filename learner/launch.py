@@ -18,6 +18,7 @@ from typing import Protocol
 
 from rlx.config import Config, make_plan
 from rlx.config.trackers import check_trackers
+from rlx.errors import ConfigError
 from rlx.hub import check_in_reach
 from rlx.learner.policy.kept import newest
 from rlx.learner.watch.live import SERVICE_LOG
@@ -48,6 +49,7 @@ def train_main(config: Config, overrides: list[str], num_processes: int) -> int:
     # What can be wrong without loading anything belongs here: said once, before anything is started.
     make_plan(config, num_processes)
     check_trackers(config, config.path)
+    make_output_dir(config)
     check_in_reach(config, "base_model")
     threads = max(1, (os.cpu_count() or 1) // num_processes)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
@@ -88,6 +90,34 @@ def train_main(config: Config, overrides: list[str], num_processes: int) -> int:
         _write_down(config, message)
         return 128 + stopped.sigval
     return 0
+
+
+def check_output_dir(config: Config) -> None:
+    """Raises ConfigError where `output_dir` cannot be made or written to, as far as can be seen without making it."""
+    folder = Path(config.output_dir)
+    nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not nearest.is_dir():
+        raise _not_writable(config, f"{nearest} is a file")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise _not_writable(config, f"nothing may be written to {nearest}")
+
+
+def make_output_dir(config: Config) -> None:
+    """Make `output_dir` and write to it once: it would be a pity to learn of it when the model is loaded. Raises
+    ConfigError."""
+    check_output_dir(config)
+    try:
+        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=config.output_dir) as file:
+            file.write(b"rlx")
+    except OSError as error:
+        raise _not_writable(config, error.strerror or str(error)) from None
+
+
+def _not_writable(config: Config, why: str) -> ConfigError:
+    return ConfigError(
+        f"{config.path}: output_dir: {config.output_dir} cannot hold the run: {why}. Name a folder that you may write to."
+    )
 
 
 def log_of(config: Config, rank: int) -> Path:

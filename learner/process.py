@@ -8,10 +8,12 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import sys
 import time
 import traceback
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 
 from rlx.config import load_config, parse_overrides
@@ -24,6 +26,8 @@ _PEER = re.compile(r"gloo.*(Connection (closed|reset)|Broken pipe)", re.DOTALL)
 _AFTER_RANK_ZERO_S = 30.0
 """How long another rank that failed keeps still. Mostly rank 0 failed with the same, or first: it says so and leaves,
 whereupon the launcher stops this process."""
+
+_NO_ROOM_BYTES = 1 << 20
 
 
 def main() -> int:
@@ -52,9 +56,23 @@ def main() -> int:
             print(f"learner process {rank} lost the connection to another one", file=sys.stderr, flush=True)
         else:
             traceback.print_exc()
+            if _is_full(Path(config.output_dir), error):
+                print(
+                    f"error: the disk that holds {config.output_dir} is full. Free some space, or name another output_dir; "
+                    "save_total_limit keeps the newest checkpoints only",
+                    file=sys.stderr,
+                    flush=True,
+                )
         if rank:
             time.sleep(_AFTER_RANK_ZERO_S)
         return error.exit_code if isinstance(error, RlxError) else 1
+
+
+def _is_full(folder: Path, error: Exception) -> bool:
+    """Whether `error` may come of the disk; each library words it in its own way."""
+    if "No space left on device" in str(error):
+        return True
+    return folder.is_dir() and shutil.disk_usage(folder).free < _NO_ROOM_BYTES
 
 
 @contextlib.contextmanager

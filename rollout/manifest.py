@@ -24,6 +24,7 @@ from rlx.safetensors_layout import TensorSpec, read_specs
 _LOADABLE = {"F32", "BF16", "F16"}
 _TIED_HEAD = "lm_head.weight"
 _SAME_YAML = "start the service from the YAML of the run (adapter, lora_sync, lora_r)"
+_SAME_MODEL = "start the service from the YAML of the run, with the same base_model"
 _OF_ADAPTER = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<half>[AB])\.weight")
 """PEFT's names"""
 
@@ -139,14 +140,18 @@ def check_manifest(manifest: WeightManifest, expected: Iterable[TensorSpec], tie
     if any(_OF_ADAPTER.fullmatch(name) for name in have):
         raise WeightSyncError(f"{label} are an adapter, this worker takes whole models; {_SAME_YAML}")
     if unknown := sorted(have.keys() - want.keys()):
-        raise WeightSyncError(f"{label}: {len(unknown)} tensors are not in this model, the first is {unknown[0]!r}")
+        raise WeightSyncError(
+            f"{label}: {len(unknown)} tensors are not in this model, the first is {unknown[0]!r}; {_SAME_MODEL}"
+        )
     if missing := sorted(want.keys() - have.keys()):
-        raise WeightSyncError(f"{label}: {len(missing)} tensors of this model are missing, the first is {missing[0]!r}")
+        raise WeightSyncError(
+            f"{label}: {len(missing)} tensors of this model are missing, the first is {missing[0]!r}; {_SAME_MODEL}"
+        )
     for tensor in manifest.tensors:
         _loadable(label, tensor)
         if tensor.name in want and tensor.shape != want[tensor.name]:
             raise WeightSyncError(
-                f"{label}: {tensor.name!r} has the shape {tensor.shape}, this model needs {want[tensor.name]}"
+                f"{label}: {tensor.name!r} has the shape {tensor.shape}, this model needs {want[tensor.name]}; {_SAME_MODEL}"
             )
 
 

@@ -57,6 +57,13 @@ def test_a_good_configuration_passes_and_prints_the_plan_in_numbers(tmp_path, mo
     assert "GiB per learner process" in text
 
 
+def test_an_output_dir_that_cannot_be_is_told(tmp_path, model, capsys):
+    (tmp_path / "out").write_text("a file")
+    good = config(tmp_path, model)
+    assert check_main(good.model_copy(update={"output_dir": str(tmp_path / "out" / "x")}), 1) == 2
+    assert f"error {tmp_path}/run.yaml: output_dir: {tmp_path}/out/x cannot hold the run: " in capsys.readouterr().out
+
+
 def test_steps_that_share_a_generation_batch_are_told_apart_from_it(tmp_path, model, capsys):
     config(tmp_path, model)
     shared = {

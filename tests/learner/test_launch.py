@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from rlx.config import Config, load_config
+from rlx.errors import ConfigError
 from rlx.learner import launch
 from rlx.learner.launch import failure_message, first_cause, log_of, stopped_message
 
@@ -65,6 +67,33 @@ def test_rank_0_has_told_its_own_error_on_the_terminal(tmp_path):
     assert failure_message(config, Failed(1, 0, local_rank=0)) == ""
     told = failure_message(config, Failed(-11, 0, local_rank=0))
     assert told == "error: learner process 0 was killed by signal 11, SIGSEGV"
+
+
+def test_an_output_dir_that_cannot_be_written_ends_the_run_before_anything_starts(tmp_path, monkeypatch):
+    (tmp_path / "out").write_text("a file")
+    config = configured(tmp_path)
+    monkeypatch.setattr(launch, "check_in_reach", lambda *_: pytest.fail("went on"))
+    told = f"{config.path}: output_dir: {tmp_path / 'out'} cannot hold the run: {tmp_path / 'out'} is a file"
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        launch.train_main(
+            config.model_copy(update={"trl": config.trl.model_copy(update={"reward_funcs": ["a.b"]})}), [], 1
+        )
+    below = config.model_copy(update={"output_dir": str(tmp_path / "out" / "deeper")})
+    for function in (launch.check_output_dir, launch.make_output_dir):
+        with pytest.raises(ConfigError, match=r"out is a file\. Name a folder that you may write to\."):
+            function(below)
+    nowhere = config.model_copy(update={"output_dir": "/proc/none"})  # as with a network's folder: only trying tells
+    with pytest.raises(ConfigError, match=r"output_dir: /proc/none cannot hold the run: .*Name a folder"):
+        launch.make_output_dir(nowhere)
+
+
+def test_an_output_dir_is_made_by_a_run_and_not_by_a_check(tmp_path):
+    config = configured(tmp_path).model_copy(update={"output_dir": str(tmp_path / "a" / "b")})
+    launch.check_output_dir(config)
+    assert not (tmp_path / "a").exists()
+    launch.make_output_dir(config)
+    assert list((tmp_path / "a").iterdir()) == [tmp_path / "a" / "b"]
+    assert not list((tmp_path / "a" / "b").iterdir())
 
 
 def test_a_stopped_run_says_what_it_kept_and_how_to_go_on(tmp_path, monkeypatch):

@@ -36,6 +36,18 @@ def test_a_lost_peer_is_a_line_and_a_defect_a_traceback(one_process, capsys):
     assert re.search(r"(?s)^Traceback .*RuntimeError: shapes do not fit\n$", capsys.readouterr().err)
 
 
+def test_a_full_disk_is_named_after_the_traceback(one_process, capsys, tmp_path, monkeypatch):
+    last = f"error: the disk that holds {tmp_path / 'out'} is full. Free some space, or name another output_dir; "
+    assert one_process(OSError(28, "No space left on device")) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith(last)
+    (tmp_path / "out").mkdir()
+    assert one_process(RuntimeError("PytorchStreamWriter failed writing file")) == 1
+    assert last not in capsys.readouterr().err
+    monkeypatch.setattr(process, "_NO_ROOM_BYTES", 1 << 60)
+    assert one_process(RuntimeError("PytorchStreamWriter failed writing file")) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith(last)
+
+
 def test_ctrl_c_is_quiet(one_process, capsys):
     assert one_process(KeyboardInterrupt()) == 130
     assert capsys.readouterr().err == ""
