@@ -234,10 +234,10 @@ def real_server(*arguments: Any, server: str = "guess_server.py") -> Any:
     url = f"http://127.0.0.1:{port}"
     process = subprocess.Popen([part.replace("{port}", str(port)) for part in real_command(*arguments, server=server)])
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while not _healthy(url):
             assert process.poll() is None, "the server ended"
-            assert time.monotonic() < deadline, "the server did not start within 60 s"
+            assert time.monotonic() < deadline, "the server did not start within 120 s"
             time.sleep(0.1)
         yield url
     finally:

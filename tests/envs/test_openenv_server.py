@@ -29,7 +29,7 @@ pytestmark = pytest.mark.slow
 
 
 def config_of(folder: Path, *commands: Any, **settings: Any) -> Config:
-    sections = [{"start_timeout": 30, "reset_timeout": 5, "command": command, **settings} for command in commands]
+    sections = [{"start_timeout": 90, "reset_timeout": 20, "command": command, **settings} for command in commands]
     return config_with(*[{"name": f"env{i}", "openenv": s} for i, s in enumerate(sections)], folder=folder)
 
 
@@ -46,7 +46,7 @@ async def running(config: Config) -> AsyncIterator[tuple[EnvServers, OpenEnvs]]:
 
 
 async def opened(environments: OpenEnvs, **reset: Any) -> Session:
-    return await environments.open(None, seed=3, deadline=time.monotonic() + 30, **reset)
+    return await environments.open(None, seed=3, deadline=time.monotonic() + 120, **reset)
 
 
 async def play(environments: OpenEnvs) -> bool:
@@ -58,7 +58,7 @@ async def play(environments: OpenEnvs) -> bool:
 
 
 async def until(true: Callable[[], bool]) -> None:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(90):
         while not true():  # noqa: ASYNC110 - it is in another process
             await asyncio.sleep(0.05)
 
@@ -87,7 +87,7 @@ async def test_servers_run_until_they_are_closed_and_leave_nothing(tmp_path: Pat
         urls = servers.urls
         assert set(urls) == {"env0", "env1"}
         for name in urls:
-            session = await environments.open(name, seed=3, deadline=time.monotonic() + 30)
+            session = await environments.open(name, seed=3, deadline=time.monotonic() + 120)
             assert (await session.step(guess=3)).done
         assert len(processes_in(tmp_path)) == 2
         await servers.close()
@@ -162,7 +162,7 @@ async def test_the_log_of_a_server_stays_short(tmp_path: Path) -> None:
 
 
 async def test_a_server_that_hangs_is_restarted(tmp_path: Path) -> None:
-    config = config_of(tmp_path, fake_command(), reset_timeout=1.0, step_timeout=0.3)
+    config = config_of(tmp_path, fake_command(), reset_timeout=3.0, step_timeout=2.0)
     async with running(config) as (servers, environments):
         session = await opened(environments, fault="step_stops")
         with pytest.raises(EnvLost, match="not answered within"):
@@ -173,7 +173,7 @@ async def test_a_server_that_hangs_is_restarted(tmp_path: Path) -> None:
 
 
 async def test_a_server_whose_sessions_leaked_is_restarted(tmp_path: Path) -> None:
-    async with running(config_of(tmp_path, fake_command(1), step_timeout=0.3)) as (servers, environments):
+    async with running(config_of(tmp_path, fake_command(1), step_timeout=2.0)) as (servers, environments):
         session = await opened(environments, fault="step_hangs", hang_s=1000)
         with pytest.raises(EnvLost, match="not answered within"):
             await session.step(guess=3)

@@ -158,5 +158,5 @@ def test_the_made_model_is_small_tied_loadable_and_solves_some_questions():
     assert len(rows) == 256
     assert rows[0].keys() == {"question", "answer"}
 
-    second = subprocess.run(MAKE, capture_output=True, text=True, timeout=60, check=True)
+    second = subprocess.run(MAKE, capture_output=True, text=True, timeout=300, check=True)
     assert "nothing to make" in second.stdout

@@ -42,7 +42,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.tokens.append(self.headers["Authorization"])
         try:
             if self.server.meeting is not None:
-                self.server.meeting.wait(10)
+                self.server.meeting.wait(60)
         except threading.BrokenBarrierError:
             return
         lengths = json.dumps({"rewards": [len(text) for text in body["completions"]]}).encode()
@@ -174,6 +174,6 @@ async def test_the_deadline_of_the_reward_ends_the_request(server, tmp_path):
     start = time.monotonic()
     outcome, _ = await worker.score_beside(REQUEST, 0.2)
     assert (outcome.outcome, outcome.failed) == ("timeout", 2)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 40
     server.meeting.abort()
     worker.close()
