@@ -40,6 +40,8 @@ GROUPS_SIDE_BY_SIDE = 64
 _GRACE_S = 2.0
 """What an async call gets beyond its deadline to be cancelled, before its process is killed."""
 _KILL_GRACE_S = 1.0
+_STARTS = 2
+"""Tries to replace a process; what it died of may have killed the next one as well."""
 _log = logging.getLogger(__name__)
 
 
@@ -159,10 +161,12 @@ class RewardPool:
     async def _replace(self, lost: _Process) -> None:
         try:
             await asyncio.to_thread(lost.kill)
-            await self._add_process(lost.number)
-        except RlxError as error:
-            self._cause = error
-            _log.warning("no new process for a lost one: %s", error)
+            for _ in range(_STARTS):
+                try:
+                    return await self._add_process(lost.number)
+                except RlxError as error:
+                    self._cause = error
+                    _log.warning("no new process for a lost one: %s", error)
         finally:
             self._num_starting -= 1
             self._changed.set()
