@@ -18,7 +18,7 @@ from rlx.errors import DeadlineExceeded, WeightBaseMismatch, WeightSyncError
 from rlx.rollout import delta, weights_store
 from rlx.rollout.engine_worker import EngineWorker
 from rlx.rollout.fake_engine import FakeEngine
-from rlx.rollout.manifest import WeightManifest
+from rlx.rollout.manifest import WeightManifest, check_manifest
 from rlx.safetensors_layout import TensorSpec
 from rlx.wire import Sampling
 
@@ -329,3 +329,22 @@ async def test_the_outcome_tells_every_workers_version_and_the_longest_pause():
         assert body["workers"] == {"slow": 1, "quick": 1}
         assert body["behind"] == []
         assert body["pause_s"] == 0.4
+
+
+@pytest.mark.parametrize(
+    ("tensors", "told"),
+    [
+        ((), "1 tensors of this model are missing, the first is 'layer'"),
+        (
+            (TensorSpec("layer", "F32", (2,)), TensorSpec("more", "F32", (2,))),
+            "are not in this model, the first is 'more'",
+        ),
+        ((TensorSpec("layer", "F32", (3,)),), r"has the shape \(3,\), this model needs \(2,\)"),
+    ],
+)
+def test_weights_of_another_model_say_that_the_two_commands_had_different_models(tensors, told):
+    manifest = replace(weights(1, b""), tensors=tensors)
+    with pytest.raises(
+        WeightSyncError, match=f"{told}; start the service from the YAML of the run, with the same base_model"
+    ):
+        check_manifest(manifest, [TensorSpec("layer", "F32", (2,))], False, 0)
