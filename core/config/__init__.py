@@ -1,7 +1,9 @@
 """The configuration: one YAML for service and learner, strict, checked before anything heavy is imported.
 
-`source` reads YAML with line numbers, `sections` and `schema` hold the keys, `refusals` the Axolotl keys that rlx
-knows and refuses, `load` puts them together, `plan` does the arithmetic, `reference` writes docs/configuration.md.
+keys        section (what every section is); schema (the top level), with training, output, lora, sharding and
+            trackers as its parts; trl with objective; sections (the others); refusals (keys that rlx refuses)
+reading     source (YAML with its lines), load (to a Config, or all that is wrong with it)
+what of it  plan (the arithmetic of a run), shown (what others may see), reference (writes docs/configuration.md)
 """
 
 from rlx.config.load import load_config, parse_overrides

@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from rlx.config.lora import LoraKeys
+from rlx.config.output import OutputKeys
 from rlx.config.refusals import REFUSED
 from rlx.config.schema import Config
 from rlx.config.section import keys_of
@@ -29,6 +30,7 @@ from rlx.config.sections import (
 )
 from rlx.config.sharding import FsdpSection, ShardingKeys
 from rlx.config.trackers import TrackerKeys
+from rlx.config.training import TrainingKeys
 from rlx.config.trl import TrlSection
 
 _SECTIONS: list[tuple[str, type[BaseModel]]] = [
@@ -64,10 +66,14 @@ def render() -> str:
         _table(
             Config,
             skip={name.split("[")[0] for name, _ in _SECTIONS} - {"datasets", "envs"}
-            | set(LoraKeys.model_fields)
-            | set(TrackerKeys.model_fields)
-            | set(ShardingKeys.model_fields),
+            | {key for part in Config.__bases__ for key in keys_of(part)},
         ),
+        "\n## Top level: training\n",
+        f"{TrainingKeys.__doc__}\n",
+        _table(TrainingKeys, skip=set()),
+        "\n## Top level: output\n",
+        f"{OutputKeys.__doc__}\n",
+        _table(OutputKeys, skip=set()),
         "\n## Top level: adapters\n",
         "Training of an adapter instead of the whole model ([guide](guides/lora.md)).\n",
         _table(LoraKeys, skip=set()),

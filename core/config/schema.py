@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import Field, PrivateAttr, field_validator, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from rlx.config.lora import LoraKeys
+from rlx.config.output import OutputKeys
 from rlx.config.sections import (
     AsyncSection,
     ClusterSection,
@@ -20,10 +21,11 @@ from rlx.config.sections import (
 )
 from rlx.config.sharding import ShardingKeys
 from rlx.config.trackers import TrackerKeys
+from rlx.config.training import TrainingKeys
 from rlx.config.trl import TrlSection
 
 
-class Config(LoraKeys, ShardingKeys, TrackerKeys):
+class Config(TrainingKeys, OutputKeys, LoraKeys, ShardingKeys, TrackerKeys):
     """Everything that one run needs; both commands read the same file."""
 
     # model
@@ -80,92 +82,8 @@ class Config(LoraKeys, ShardingKeys, TrackerKeys):
     )
     episodes: EpisodesSection = Field(default_factory=EpisodesSection, description="How episodes are run.")
     cluster: ClusterSection = Field(default_factory=ClusterSection, description="Ray.")
-    # optimization
-    micro_batch_size: int = Field(1, ge=1, description="Completions per process in one forward and backward.")
-    gradient_accumulation_steps: int = Field(
-        1,
-        ge=1,
-        description="Micro-batches per optimizer step and process; raised when the step would not hold whole groups.",
-    )
-    token_budget: int | None = Field(
-        None,
-        ge=1,
-        description="Tokens per process in one forward and backward, in place of micro_batch_size completions: as many micro-batches as that takes, whose number may differ from step to step. A longer completion is alone in its own. The step keeps its completions.",
-    )
-    sample_packing: bool | None = Field(
-        None,
-        description="Lay the sequences of a micro-batch side by side without padding. Default: where the model allows it, with flash attention, and on a CPU.",
-    )
-    share_prompt_prefix: bool = Field(
-        True,
-        description="In packed sequences, forward the prompt of a group once for all its completions, where that is cheaper.",
-    )
-    num_epochs: float = Field(1.0, gt=0, description="Passes over the prompts.")
-    max_steps: int | None = Field(None, ge=1, description="Optimizer steps; overrides num_epochs.")
-    learning_rate: float = Field(1e-6, gt=0, description="Peak learning rate (TRL's GRPO default).")
-    optimizer: str = Field("adamw_torch", description="An optimizer of transformers' TrainingArguments.optim.")
-    lr_scheduler: str = Field(
-        "cosine",
-        description="A schedule of transformers' TrainingArguments.lr_scheduler_type; cosine is Axolotl's default, linear TRL's.",
-    )
-    lr_scheduler_kwargs: dict[str, Any] = Field(default={}, description="Its arguments.")
-    warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up.")
-    warmup_ratio: float | None = Field(None, ge=0, lt=1, description="Instead of warmup_steps: share of all steps.")
-    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
-    adam_beta1: float = Field(0.9, ge=0, lt=1, description="Adam's β1.")
-    adam_beta2: float = Field(0.999, ge=0, lt=1, description="Adam's β2.")
-    adam_epsilon: float = Field(1e-8, gt=0, description="Adam's ε.")
-    max_grad_norm: float = Field(1.0, ge=0, description="Gradient clipping; 0 is off.")
-    seed: int = Field(42, ge=0, description="Seed of the data order, the sampling engine and the learner.")
-    bf16: bool | Literal["auto"] = Field(
-        "auto", description="Compute in bfloat16 over float32 master weights. auto: on a GPU that has it."
-    )
-    tf32: bool | Literal["auto"] = Field("auto", description="TensorFloat-32 matrix products on GPUs that have them.")
-    # output
-    output_dir: str = Field(
-        "./outputs", description="Folder for checkpoints, the final model and the logs, relative to the current folder."
-    )
-    save_strategy: Literal["steps", "epoch", "no"] | None = Field(
-        None,
-        description="When to write checkpoints; default: steps when save_steps is given, else at the end of each epoch.",
-    )
-    save_steps: int | None = Field(None, ge=1, description="Optimizer steps between checkpoints.")
-    saves_per_epoch: int | None = Field(None, ge=1, description="Instead of save_steps.")
-    save_total_limit: int | None = Field(None, ge=1, description="Keep only the newest checkpoints.")
-    resume_from_checkpoint: str | None = Field(None, description="Folder of a checkpoint to go on from.")
-    auto_resume_from_checkpoints: bool = Field(
-        False, description="Go on from the newest complete checkpoint in output_dir, if there is one."
-    )
-    logging_steps: int = Field(1, ge=1, description="Optimizer steps between log lines (TRL's default is 10).")
-    eval_steps: int | None = Field(None, ge=1, description="Optimizer steps between evaluations.")
-    eval_success_reward: float = Field(
-        1.0, description="Weighted reward from which on a completion counts as solved, for pass@k in evaluations."
-    )
-    save_best: bool = Field(
-        True,
-        description="Keep the weights of the best evaluation in output_dir/best, where there are held-out prompts.",
-    )
-    samples_per_step: int = Field(8, ge=0, description="Completions per step written to samples.jsonl.")
-    files_max_bytes: int = Field(
-        2**30,
-        ge=2**16,
-        description="Bytes that each of metrics.jsonl, samples.jsonl, evals.jsonl, events.jsonl and spans.jsonl may take, with its older parts (samples.1.jsonl to samples.3.jsonl); then the oldest part goes.",
-    )
-    record_rollouts: bool = Field(
-        False,
-        description="Keep the groups of every step, in output_dir/rollouts, to train on them again with `replay`.",
-    )
-    replay: str | None = Field(
-        None,
-        description="A folder that record_rollouts filled: train on its groups, without a service and without evaluations. `rlx train --replay FOLDER`.",
-    )
 
     _path: Path = PrivateAttr(default=Path("config.yaml"))
-
-    @field_validator("save_strategy", mode="before")
-    @classmethod
-    def no_without_quotes_is_meant(cls, value: Any) -> Any:
-        return "no" if value is False else value  # YAML 1.1 reads `no` as false
 
     @model_validator(mode="after")
     def gdpo_normalises_each_reward(self) -> Config:
@@ -216,18 +134,6 @@ class Config(LoraKeys, ShardingKeys, TrackerKeys):
     def one_chat_template(self) -> Config:
         if self.chat_template not in (None, "tokenizer_default") and self.chat_template_jinja is not None:
             raise ValueError("chat_template and chat_template_jinja are both given; keep one")
-        return self
-
-    @model_validator(mode="after")
-    def one_length_of_warm_up(self) -> Config:
-        if self.warmup_steps and self.warmup_ratio is not None:
-            raise ValueError("warmup_steps and warmup_ratio are both given; keep one")
-        return self
-
-    @model_validator(mode="after")
-    def save_either_by_steps_or_per_epoch(self) -> Config:
-        if self.save_steps is not None and self.saves_per_epoch is not None:
-            raise ValueError("save_steps and saves_per_epoch are both given; keep one")
         return self
 
     @model_validator(mode="after")

@@ -35,7 +35,7 @@ def test_the_type_checker_sees_every_module():
     assert all((ROOT / "typings" / "rlx" / name).exists() for name in linked)
 
 
-@pytest.mark.parametrize("folder", ["rollout", "envs", "cluster", "learner/incoming", "learner/watch"])
+@pytest.mark.parametrize("folder", ["core/config", "rollout", "envs", "cluster", "learner/incoming", "learner/watch"])
 def test_a_large_folder_says_in_its_init_which_module_is_for_what(folder: str):
     index = set(re.findall(r"\w+", (ROOT / folder / "__init__.py").read_text().split('"""')[1]))
     modules = {path.stem for path in (ROOT / folder).glob("*.py")} - {"__init__"}
