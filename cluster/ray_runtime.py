@@ -114,28 +114,35 @@ class RayRuntime:
         self._lock = os.open(self._temp_dir, os.O_RDONLY)
         fcntl.flock(self._lock, fcntl.LOCK_SH)
         with _visible_gpus(layout.service_gpus):
-            try:
-                context = ray.init(
-                    address="local",
-                    num_cpus=inventory.cpus,
-                    num_gpus=len(layout.service_gpus),
-                    include_dashboard=cluster.dashboard,
-                    dashboard_host=cluster.dashboard_host,
-                    dashboard_port=cluster.dashboard_port,
-                    object_store_memory=cluster.object_store_mib * 2**20,
-                    logging_level="error",
-                    _temp_dir=str(self._temp_dir),
-                )
-            except (RuntimeError, OSError, ValueError) as error:
-                self._shutdown()
-                logs = f"{self._temp_dir}/session_latest/logs"
-                raise ServiceError(f"Ray did not start: {_first_line(error)} Its logs: {logs}") from error
+            context = self._init(
+                address="local",
+                num_cpus=inventory.cpus,
+                num_gpus=len(layout.service_gpus),
+                include_dashboard=cluster.dashboard,
+                dashboard_host=cluster.dashboard_host,
+                dashboard_port=cluster.dashboard_port,
+                object_store_memory=cluster.object_store_mib * 2**20,
+                logging_level="error",
+                _temp_dir=str(self._temp_dir),
+            )
         self.layout = layout
         self._know(context)
         if cluster.dashboard and not cluster.dashboard_is_local:
             self._require_token()
         ours = Path(self._config.output_dir).absolute() / "logs"
         (Path(self.session_dir) / "logs" / "rlx").symlink_to(ours)  # Ray's dashboard shows them with its own
+
+    def _init(self, **options: Any) -> Any:
+        """Ray gives its own processes 30 s to come up, which a busy machine may exceed: then once more."""
+        for is_last in (False, True):
+            try:
+                return ray.init(**options)
+            except Exception as error:  # a bare one when its processes are late
+                self._shutdown()
+                if is_last or isinstance(error, RuntimeError | OSError | ValueError):
+                    logs = f"{self._temp_dir}/session_latest/logs"
+                    raise ServiceError(f"Ray did not start: {_first_line(error)} Its logs: {logs}") from error
+        raise AssertionError("the last attempt returns or raises")
 
     def _require_token(self) -> None:
         """ServiceError, with Ray ended, unless the dashboard asks for Ray's token."""

@@ -85,6 +85,8 @@ class RayWorker:
         self._on_phase = on_phase
         self._actor: Any = None
         self._place: Place | None = None
+        self._last_place: Place | None = None
+        """Of the process before, also when one after it never came up"""
         self._phase_since = time.monotonic()
 
     @property
@@ -96,7 +98,7 @@ class RayWorker:
     async def start(self) -> None:
         """Reserve the devices unless they are, make the actor, load the engine. The caller bounds the loading;
         NoDevices after `reserve_timeout_s` seconds without any."""
-        before = self._place
+        before = self._last_place = self._place or self._last_place
         self._kill()
         await self._make_actor()
         self._enter("loading the model")

@@ -9,7 +9,7 @@ from pathlib import Path
 import fakes
 import pytest
 import ray.cloudpickle
-from fakes import write_config
+from fakes import PATIENCE_S, patiently, write_config
 from ray.cluster_utils import Cluster
 
 from rlx.cluster.ray_runtime import RayRuntime
@@ -20,9 +20,10 @@ ray.cloudpickle.register_pickle_by_value(fakes)  # the actors do not have this f
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
     """A head with one CPU, and another node with one CPU."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 100 * 2**20})
-    cluster.add_node(num_cpus=1, object_store_memory=100 * 2**20)
-    cluster.wait_for_nodes()
+    head = {"num_cpus": 1, "object_store_memory": 100 * 2**20, "include_dashboard": False}
+    cluster = patiently(lambda: Cluster(initialize_head=True, head_node_args=head))
+    patiently(lambda: cluster.add_node(num_cpus=1, object_store_memory=100 * 2**20))
+    cluster.wait_for_nodes(PATIENCE_S)
     yield cluster
     cluster.shutdown()
 
@@ -35,6 +36,6 @@ def runtime(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Itera
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_ADDRESS", cluster.address)
         runtime.start()
-        asyncio.run(runtime.reserve(20))
+        asyncio.run(runtime.reserve(PATIENCE_S))
     yield runtime
     runtime.stop()

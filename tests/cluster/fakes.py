@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import subprocess
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from rlx.config import Config, load_config
 from rlx.errors import ModelError, ServiceError
+from rlx.processes import descendants, end_processes
 from rlx.rollout.engine import Engine
 from rlx.rollout.fake_engine import FakeEngine
 from rlx.wire import Completion, Sampling
+
+T = TypeVar("T")
+PATIENCE_S = 120.0
+"""For what takes a moment on an idle machine."""
 
 REWARDS = """
 import asyncio, ctypes, os, signal, subprocess, threading, time
@@ -57,10 +64,13 @@ def meets(completions, trainer_state, **kwargs):
     return [float(os.getpid() % 2**20)] * len(completions)
 
 def notes(completions, trainer_state, **kwargs):
-    with (Path(__file__).parent / "notes").open("a") as notes:
+    # Ends when there is a file `goes-on`.
+    here = Path(__file__).parent
+    with (here / "notes").open("a") as notes:
         notes.write(f"begins {trainer_state.global_step}\\n")
         notes.flush()
-        time.sleep(0.8)
+        while not (here / "goes-on").exists():
+            time.sleep(0.01)
         notes.write(f"ends {trainer_state.global_step}\\n")
     return [1.0] * len(completions)
 
@@ -120,6 +130,38 @@ def misbehaves(completions, log_metric, **kwargs):
     log_metric("is default", signal.getsignal(signal.SIGALRM) is signal.SIG_DFL)
     return [float(pid == os.getpid())] * len(completions)
 """
+
+
+def patiently(start: Callable[[], T]) -> T:
+    """`start` a node of Ray, which must be up 30 s later; where a busy machine is slower, once more."""
+    before = descendants(os.getpid())
+    try:
+        return start()
+    except Exception:  # a bare one: the node timed out
+        end_processes({pid: since for pid, since in descendants(os.getpid()).items() if pid not in before}, 0.0)
+    return start()
+
+
+def seen_by_watchdog(ward: int) -> None:
+    """Wait until the watchdog over process `ward` has looked once more at what runs below it.
+
+    It waits after each look, which the kernel counts; before the first look it opens the descriptor of its ward."""
+    end = time.monotonic() + PATIENCE_S
+    wanted = f"rlx.cluster.watchdog\0{ward}\0".encode()
+    first: int | None = None
+    while time.monotonic() < end:
+        for pid in descendants(ward):
+            with contextlib.suppress(OSError):  # it ended meanwhile
+                if not Path(f"/proc/{pid}/cmdline").read_bytes().endswith(wanted):
+                    continue
+                if any("[pidfd]" in os.readlink(fd) for fd in Path(f"/proc/{pid}/fd").iterdir()):
+                    status = Path(f"/proc/{pid}/status").read_text()
+                    waits = int(status.split("\nvoluntary_ctxt_switches:")[1].split()[0])
+                    first = waits if first is None else first
+                    if waits >= first + 3:
+                        return
+        time.sleep(0.05)
+    raise AssertionError(f"no watchdog looks after process {ward}")
 
 
 def write_config(folder: Path, text: str = "", rewards: str = "reward_functions.length", **vllm: Any) -> Config:

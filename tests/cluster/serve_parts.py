@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from fakes import steady_engine
+from fakes import PATIENCE_S, steady_engine
 from safetensors.numpy import save
 
 from rlx.cluster.ray_runtime import RayRuntime
@@ -29,7 +29,6 @@ from rlx.rollout.service import RolloutService
 from rlx.wire import GroupRequest, GroupResult, Sampling
 
 TOKEN = "a-token-of-the-tests"
-PATIENCE_S = 60.0
 
 
 class Counted:
@@ -72,9 +71,17 @@ class Stage:
     async def publish(self, version: int) -> PhaseTimes:
         return await asyncio.to_thread(self.client.publish, *await update(version))
 
-    async def kill(self, name: str) -> None:
-        """kill -9 of the worker's process."""
-        os.kill((await self.worker(name).status()).pid, signal.SIGKILL)
+    def kill(self, name: str) -> None:
+        """kill -9 of the worker's process, before anything else happens."""
+        [pid] = [m.pid for m in self.service.fleet.members if m.name == name]
+        os.kill(pid, signal.SIGKILL)
+
+    async def engines_end(self) -> None:
+        """Until no worker's engine generates, as a cancellation takes its way to it."""
+        async with asyncio.timeout(PATIENCE_S):
+            for member in self.service.fleet.members:
+                while (await self.worker(member.name).openai("in_flight", {}))["in_flight"]:  # noqa: ASYNC110
+                    await asyncio.sleep(0.02)
 
     def state(self, name: str) -> tuple[str, int]:
         """State and weight version."""

@@ -141,7 +141,7 @@ def test_no_reward_is_an_error(tmp_path, model):
 def test_the_gsm8k_example_is_checked_as_far_as_the_network_allows():
     command = [sys.executable, "-m", "rlx.cli", "check", str(ROOT / "examples" / "gsm8k" / "gsm8k.yaml"), "-n", "2"]
     result = subprocess.run(
-        command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=120, check=False
+        command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=300, check=False
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert "reward rewards.correct_reward_func: imported" in result.stdout

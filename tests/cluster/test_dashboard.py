@@ -7,6 +7,7 @@ import json
 import re
 import stat
 from collections import defaultdict
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,7 +16,7 @@ import pytest
 import yaml
 from fakes import write_config
 
-from rlx.cluster import dashboard, panels, ray_metrics, ray_routes, reservation
+from rlx.cluster import dashboard, panels, ray_metrics, ray_routes, ray_runtime, reservation
 from rlx.cluster.dashboard import dashboard_main, write_monitoring
 from rlx.cluster.panels import DASHBOARDS
 from rlx.cluster.ray_metrics import RayMetrics
@@ -142,6 +143,30 @@ def test_a_ray_that_knows_no_token_is_not_left_open_to_other_machines(answer, tm
     with pytest.raises(ServiceError, match=r"does not ask for a token.*write 127\.0\.0\.1"):
         runtime._require_token()
     assert stopped == [True]
+
+
+@pytest.mark.parametrize(
+    ("errors", "message", "attempts"),
+    [
+        ([Exception("The node timed out during startup.")], None, 2),
+        ([Exception("The node timed out during startup.")] * 2, "timed out during startup", 2),
+        ([ValueError("no such address")], "no such address", 1),
+    ],
+)
+def test_a_ray_whose_processes_are_late_is_started_once_more(errors, message, attempts, tmp_path, monkeypatch):
+    runtime, left, events = RayRuntime(write_config(tmp_path)), list(errors), []
+
+    def init(**options):
+        events.append("init")
+        if left:
+            raise left.pop(0)
+        return "context"
+
+    monkeypatch.setattr(ray_runtime.ray, "init", init)
+    monkeypatch.setattr(runtime, "_shutdown", lambda: events.append("shutdown"))
+    with pytest.raises(ServiceError, match=message) if message else nullcontext():
+        assert runtime._init(address="local") == "context"
+    assert events == (["init", "shutdown"] * attempts)[: 2 * attempts if message else -1]
 
 
 def test_prometheus_hears_of_rays_endpoints_from_rays_file_or_from_its_nodes(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from rlx.processes import free_port
 from rlx.rollout.client import RolloutClient
 
 pytestmark = pytest.mark.slow
-DIRECT = "service: {probe_interval: 1, publish_timeout: 20, direct: true}"
+DIRECT = "service: {probe_interval: 1, publish_timeout: 60, direct: true}"
 
 
 def config(folder):
@@ -55,7 +55,7 @@ async def test_a_killed_worker_loses_no_group_that_went_to_it_directly(runtime, 
     async with service_on_ray(config(tmp_path), runtime) as stage:
         running = asyncio.create_task(stage.rollouts([group(f"g{i}", max_tokens=100) for i in range(12)]))
         await stage.comes_true(lambda: all(m.in_flight >= 8 for m in stage.service.fleet.members))
-        await stage.kill("rlx-rollout-1")
+        stage.kill("rlx-rollout-1")
         results = await running
         assert Counter(r.key for r in results) == Counter(f"g{i}" for i in range(12))
         assert {len(e.rows[0].ids) for r in results for e in r.episodes} == {100}
@@ -77,6 +77,5 @@ async def test_cancelled_replaced_and_refused_groups_end_at_the_worker_too(runti
             assert (await asyncio.to_thread(second.begin_session, "b"))["replaced"] == ["a/1.0"]
         with pytest.raises(SessionReplaced):
             await asyncio.wrap_future(endless["a/1.0"])
-        for name in ("rlx-rollout-0", "rlx-rollout-1"):
-            assert (await stage.worker(name).openai("in_flight", {}))["in_flight"] == 0
+        await stage.engines_end()
         await leases_end(stage)

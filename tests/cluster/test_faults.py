@@ -8,9 +8,9 @@ from collections import Counter
 
 import pytest
 import ray
-from fakes import write_config
+from fakes import PATIENCE_S, patiently, write_config
 from ray.cluster_utils import Cluster
-from serve_parts import PATIENCE_S, TOKEN, chunks, group, service_on_ray, update
+from serve_parts import TOKEN, chunks, group, service_on_ray, update
 
 from rlx.cluster.workers import add_main, list_main, remove_main
 from rlx.errors import ServiceError, ServiceUnavailable, SessionReplaced
@@ -18,7 +18,7 @@ from rlx.processes import free_port, start_of
 from rlx.rollout.client import RolloutClient
 
 pytestmark = pytest.mark.slow
-QUICK = "service: {probe_interval: 1, publish_timeout: 20, drain_timeout: 20}"
+QUICK = "service: {probe_interval: 1, publish_timeout: 60, drain_timeout: 20}"
 
 
 def config(folder, text=QUICK, **vllm):
@@ -28,13 +28,13 @@ def config(folder, text=QUICK, **vllm):
 async def test_a_worker_killed_mid_generation_loses_no_group_and_comes_back_verified(runtime, tmp_path):
     async with service_on_ray(config(tmp_path), runtime) as stage:
         await stage.publish(1)
-        running = asyncio.create_task(stage.rollouts([group(f"g{i}") for i in range(12)]))
+        running = asyncio.create_task(stage.rollouts([group(f"g{i}", max_tokens=100) for i in range(12)]))
         await stage.comes_true(lambda: all(m.in_flight >= 4 for m in stage.service.fleet.members))
-        await stage.kill("rlx-rollout-1")
+        stage.kill("rlx-rollout-1")
         results = await running
         assert Counter(result.key for result in results) == Counter(f"g{i}" for i in range(12))
         assert {result.worker for result in results} == {"rlx-rollout-0"}
-        assert {row.versions for result in results for e in result.episodes for row in e.rows} == {((1, 50),)}
+        assert {row.versions for result in results for e in result.episodes for row in e.rows} == {((1, 100),)}
         await stage.publish(2)
         await stage.comes_true(lambda: stage.state("rlx-rollout-1") == ("ready", 2))
         assert any("rlx-rollout-1: down: rollout worker rlx-rollout-1 died" in line for line in stage.events)
@@ -52,7 +52,7 @@ async def test_a_worker_killed_between_announce_and_commit_is_behind_and_catches
         manifest, data = await update(1)
         await stage.service.weights.announce(manifest)
         await stage.service.weights.receive(1, chunks(data))
-        await stage.kill("rlx-rollout-0")
+        stage.kill("rlx-rollout-0")
         times = await stage.service.weights.commit(1)
         assert [worker["name"] for worker in times.behind] == ["rlx-rollout-0"]
         assert stage.state("rlx-rollout-1") == ("ready", 1)
@@ -67,16 +67,16 @@ async def test_workers_join_and_leave_a_service_that_generates(
     async with service_on_ray(config(tmp_path), runtime) as stage:
         await stage.publish(1)
         with pytest.raises(ServiceUnavailable, match=r"rlx-rollout-2 .*1 CPU on one node .* 0 of 2 are free"):
-            await asyncio.to_thread(add_main, stage.config, 1, timeout_s=4.0)
+            await asyncio.to_thread(add_main, stage.config, 1, timeout_s=6.0)
         await stage.comes_true(lambda: len(stage.service.fleet.members) == 2)
-        node = cluster.add_node(num_cpus=1, object_store_memory=100 * 2**20)
+        node = patiently(lambda: cluster.add_node(num_cpus=1, object_store_memory=100 * 2**20))
         try:
             running = asyncio.create_task(stage.rollouts([group(f"g{i}", max_tokens=250) for i in range(8)]))
-            assert await asyncio.to_thread(add_main, stage.config, 1, timeout_s=60) == 0
+            assert await asyncio.to_thread(add_main, stage.config, 1, timeout_s=PATIENCE_S) == 0
             assert stage.state("rlx-rollout-3") == ("ready", 1)
             assert stage.worker("rlx-rollout-3").node_id == node.node_id
             late = asyncio.create_task(stage.rollouts([group(f"h{i}") for i in range(6)]))
-            await stage.comes_true(lambda: stage.service.fleet.members[2].in_flight > 0)
+            await stage.comes_true(lambda: stage.service.fleet.members[2].in_flight > 0 or late.done())
             assert await asyncio.to_thread(list_main, stage.config) == 0
             assert await asyncio.to_thread(remove_main, stage.config, "rlx-rollout-3") == 0
             results = [*await running, *await late]
@@ -107,18 +107,18 @@ async def test_a_service_grows_and_shrinks_with_its_cluster(cluster: Cluster, ru
         third = stage.service.fleet.members[2]
         await stage.comes_true(lambda: third.doing == missing)
         assert (third.state, stage.service.health()[1]["status"]) == ("loading", "ok")
-        node = cluster.add_node(num_cpus=1, object_store_memory=100 * 2**20)
+        node = patiently(lambda: cluster.add_node(num_cpus=1, object_store_memory=100 * 2**20))
         try:
             await stage.comes_true(lambda: stage.state(third.name) == ("ready", 1), 2 * PATIENCE_S)
             assert stage.worker(third.name).node_id == node.node_id
             running = asyncio.create_task(stage.rollouts([group(f"g{i}") for i in range(6)]))
-            await stage.comes_true(lambda: third.in_flight > 0)
+            await stage.comes_true(lambda: third.in_flight > 0 or running.done())
             cluster.remove_node(node)
-            assert {result.worker for result in await running} == {"rlx-rollout-0", "rlx-rollout-1"}
+            assert Counter(result.key for result in await running) == Counter(f"g{i}" for i in range(6))
             await stage.comes_true(lambda: (third.state, third.doing) == ("restarting", missing), 2 * PATIENCE_S)
             assert stage.service.health()[1]["status"] == "degraded"
             await stage.publish(2)
-            node = cluster.add_node(num_cpus=1, object_store_memory=100 * 2**20)
+            node = patiently(lambda: cluster.add_node(num_cpus=1, object_store_memory=100 * 2**20))
             await stage.comes_true(lambda: stage.state(third.name) == ("ready", 2), 2 * PATIENCE_S)
         finally:
             cluster.remove_node(node)
@@ -136,8 +136,7 @@ async def test_a_new_learner_takes_the_service_over_from_a_killed_one(runtime, t
             for future in left_behind:
                 with pytest.raises(SessionReplaced):
                     await asyncio.wrap_future(future)
-            for name in ("rlx-rollout-0", "rlx-rollout-1"):
-                assert (await stage.worker(name).openai("in_flight", {}))["in_flight"] == 0
+            await stage.engines_end()
             await asyncio.to_thread(second.publish, *await update(1))
             [result] = await asyncio.to_thread(second.rollouts, [group("second/0.0", max_tokens=4)])
             assert result.episodes[0].rows[0].versions == ((1, 4),)
@@ -147,7 +146,7 @@ async def test_a_new_learner_takes_the_service_over_from_a_killed_one(runtime, t
 
 async def test_a_service_that_stops_while_a_worker_restarts_gives_everything_back(runtime, tmp_path):
     async with service_on_ray(config(tmp_path), runtime) as stage:
-        await stage.kill("rlx-rollout-1")
+        stage.kill("rlx-rollout-1")
         await stage.comes_true(lambda: stage.state("rlx-rollout-1")[0] == "restarting")
         pids = [m.pid for m in stage.service.fleet.members]
     await stage.comes_true(lambda: ray.available_resources().get("CPU") == 2)

@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import pytest_asyncio
-from fakes import write_config
+from fakes import seen_by_watchdog, write_config
 
+from rlx.cluster import reward_pool
+from rlx.cluster.calls import call
 from rlx.cluster.ray_scorer import RayScorer
 from rlx.episode import Episode, Row
 from rlx.errors import UserCodeError
@@ -116,13 +118,23 @@ async def test_groups_are_scored_side_by_side_by_the_workers_of_a_function(tmp_p
     await scorer.close()
 
 
-async def test_groups_wait_for_their_turn_are_scored_once_and_to_the_end_when_nobody_waits_for_them(tmp_path):
-    scorer = await started(tmp_path, "reward_functions.notes", timeout=3)
+async def test_groups_wait_for_their_turn_are_scored_once_and_to_the_end_when_nobody_waits_for_them(
+    tmp_path, monkeypatch
+):
+    scorer, deadlines = await started(tmp_path, "reward_functions.notes"), []
+
+    async def counting(ref, who, timeout_s):
+        deadlines.append(timeout_s)
+        return await call(ref, who, timeout_s)
+
+    monkeypatch.setattr(reward_pool, "call", counting)
     calls = [asyncio.create_task(score(scorer, "a", step=step)) for step in range(4)]
     notes = tmp_path / "notes"
     assert await comes_true(lambda: notes.exists() and notes.read_text() == "begins 0\n")
+    assert len(deadlines) == 1, "those of the others do not run before their turn"
     calls[0].cancel()
     calls[2].cancel()
+    (tmp_path / "goes-on").touch()
     assert [(await calls[step])[0].outcome for step in (1, 3)] == ["ok", "ok"]
     assert notes.read_text() == "".join(f"begins {step}\nends {step}\n" for step in range(4))
     await scorer.close()
@@ -265,6 +277,7 @@ async def test_an_alarm_ends_with_the_call(bad):
 
 async def test_a_process_that_dies_of_its_alarm_has_crashed_and_detached_children_end_with_it(bad):
     _, metrics = await score(bad, "leaves children")
+    await asyncio.to_thread(seen_by_watchdog, bad.functions[0].pids[0])
     outcome, _ = await score(bad, "dies of an alarm")
     assert outcome.outcome == "crash"
     assert (await score(bad, "nothing"))[0].outcome == "ok"

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import pytest_asyncio
-from fakes import broken_engine, fake_engine, write_config
+from fakes import PATIENCE_S, broken_engine, fake_engine, write_config
 
 from rlx.cluster.ray_runtime import RayRuntime
 from rlx.cluster.ray_worker import RayWorker, WeightParcel
@@ -119,14 +119,12 @@ async def test_weights_reach_workers_on_the_gateways_node_and_on_another(workers
 async def test_reserving_more_than_is_free_ends_with_what_is_missing(runtime, tmp_path):
     second = RayRuntime(write_config(tmp_path))
     second.layout = runtime.layout
-    await runtime.reserve(20)
+    await runtime.reserve(PATIENCE_S)
     with pytest.raises(ServiceUnavailable, match=r"2 vLLM engines, 1 CPU each .* 0 of its 2 CPUs are free"):
         await second.reserve(1.0)
 
 
 async def in_flight(worker: RayWorker, count: int) -> None:
-    for _ in range(250):
-        if (await worker.openai("in_flight", {}))["in_flight"] == count:
-            return
-        await asyncio.sleep(0.02)
-    raise AssertionError(f"{worker.name} never had {count} in flight")
+    async with asyncio.timeout(PATIENCE_S):
+        while (await worker.openai("in_flight", {}))["in_flight"] != count:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)

@@ -10,12 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fakes import fake_engine, write_config
+from fakes import PATIENCE_S, fake_engine, seen_by_watchdog, write_config
 
+from rlx.cluster import ray_worker
 from rlx.cluster.ray_runtime import RayRuntime
 from rlx.cluster.ray_worker import RayWorker, WeightParcel
+from rlx.cluster.rollout_actor import Place
 from rlx.errors import ServiceUnavailable
 from rlx.processes import start_of
+from rlx.rollout.fake_engine import FakeEngine
 from rlx.rollout.worker import NoDevices
 from rlx.wire import Sampling
 
@@ -35,7 +38,7 @@ async def test_a_killed_worker_starts_again_after_all_that_it_left_and_goes_on_i
     try:
         node, pid = worker.node_id, (await worker.status()).pid
         child = (await worker.openai("child", {}))["pid"]
-        await asyncio.sleep(1.5)  # the watchdog looks every second
+        await asyncio.to_thread(seen_by_watchdog, pid)
         worker.log.write_text("the first life\n")
         os.kill(pid, signal.SIGKILL)
         with pytest.raises(ServiceUnavailable, match=r"rlx-rollout-0 died: .*killed.*rlx-rollout-0\.log"):
@@ -51,8 +54,33 @@ async def test_a_killed_worker_starts_again_after_all_that_it_left_and_goes_on_i
         await worker.close()
 
 
+async def test_what_a_process_left_is_waited_for_also_after_a_start_that_found_no_devices(monkeypatch, tmp_path):
+    worker = RayWorker(
+        0, FakeEngine, runtime=RayRuntime(write_config(tmp_path)), log_dir=tmp_path, parcel=WeightParcel()
+    )
+    places = [Place("node", "here", number, (number, 0)) for number in (1, 2)]
+    made, waited_for = iter([places[0], None, places[1]]), []
+
+    async def make_actor():
+        worker._place = next(made)
+        if worker._place is None:
+            raise NoDevices("none")
+
+    async def start(method, before, node):
+        waited_for.append(before)
+
+    monkeypatch.setattr(worker, "_make_actor", make_actor)
+    monkeypatch.setattr(worker, "_call", start)
+    monkeypatch.setattr(ray_worker, "_this_node", lambda: "node")
+    await worker.start()
+    with pytest.raises(NoDevices):
+        await worker.start()
+    await worker.start()
+    assert waited_for == [None, places[0]]
+
+
 async def test_without_devices_a_new_worker_says_what_is_missing_and_leaves_no_request(runtime, tmp_path):
-    await runtime.reserve(20)
+    await runtime.reserve(PATIENCE_S)
     worker = make_worker(runtime, tmp_path, 8, reserve_timeout_s=1.5)
     with pytest.raises(NoDevices) as caught:
         await worker.start()

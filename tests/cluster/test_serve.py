@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
-from fakes import write_config
+from fakes import PATIENCE_S, patiently, seen_by_watchdog, write_config
 from serve_parts import update
 
 from rlx.cluster.panels import DASHBOARDS
@@ -27,7 +27,7 @@ from rlx.rollout.auth import service_token
 from rlx.rollout.gateway import bind
 from rlx.series import CATALOGUE
 
-START_TIMEOUT_S, END_S = 180, 60
+START_TIMEOUT_S, END_S = 300, 120
 GROUP = {"key": "a", "prompt": "x", "prompt_ids": [1, 2], "n": 2, "sampling": {"max_tokens": 4}, "columns": {}}
 
 
@@ -222,7 +222,7 @@ def test_after_sigkill_nothing_stays_either(tmp_path):
     config = write(tmp_path)
     with service(config) as running:
         running.statuses_until_ready()
-        time.sleep(1.5)  # the watchdog looks every second
+        seen_by_watchdog(running.process.pid)
         below = descendants(running.process.pid)
         running.process.kill()
         running.process.wait()
@@ -248,8 +248,8 @@ def test_an_engine_that_does_not_load_ends_the_service_with_its_error(tmp_path):
 
 @pytest.mark.slow
 def test_two_gpus_asked_of_a_joined_cluster_with_one_is_an_error_with_the_keys(cluster, tmp_path):
-    node = cluster.add_node(num_gpus=1, num_cpus=0, object_store_memory=100 * 2**20)
-    cluster.wait_for_nodes()
+    node = patiently(lambda: cluster.add_node(num_gpus=1, num_cpus=0, object_store_memory=100 * 2**20))
+    cluster.wait_for_nodes(PATIENCE_S)
     try:
         config = write(tmp_path, data_parallel_size=2)
         with service(config, RAY_ADDRESS=cluster.address) as running:

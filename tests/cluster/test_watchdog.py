@@ -38,7 +38,7 @@ def test_the_weights_and_the_folder_of_an_engine_that_a_killed_process_kept_are_
     assert sockets == causes.parent
     process.kill()
     process.communicate()
-    end = time.monotonic() + 30
+    end = time.monotonic() + 120
     left = (path.parent, causes.parent, semaphore)
     while any(each.exists() for each in left) and time.monotonic() < end:
         time.sleep(0.1)
