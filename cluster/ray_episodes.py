@@ -123,7 +123,7 @@ class _Process:
         self._log = Path(config.output_dir).absolute() / "logs" / f"{self._name}.log"
         self._now: _Generation | None = None
         self._retired: set[_Generation] = set()
-        self._starting = asyncio.Lock()
+        self._starting: asyncio.Task[_Generation] | None = None
         self._lives = itertools.count()
         self._tasks: set[asyncio.Task[None]] = set()
         self._look_at = 0.0
@@ -167,8 +167,10 @@ class _Process:
         return [replace(episode, process=self._name) for episode in episodes]
 
     async def close(self) -> None:
-        for task in self._tasks:
+        tasks: list[asyncio.Task[Any]] = [*self._tasks, *([self._starting] if self._starting else [])]
+        for task in tasks:
             task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         lives = [*self._retired, *([self._now] if self._now else [])]
         await asyncio.gather(*[self._close(life) for life in lives])
 
@@ -203,10 +205,19 @@ class _Process:
         task.add_done_callback(self._tasks.discard)
 
     async def _running(self) -> _Generation:
-        async with self._starting:
-            if self._now is None:
-                self._now = await self._begin()
-            return self._now
+        """The process, started unless it runs. A start is that of all who wait for it: it goes on when one of them is
+        cancelled."""
+        while self._now is None:
+            if self._starting is None:
+                self._starting = asyncio.create_task(self._begin())
+                self._starting.add_done_callback(self._started)
+            await asyncio.shield(self._starting)
+        return self._now
+
+    def _started(self, start: asyncio.Task[_Generation]) -> None:
+        self._starting = None
+        if not start.cancelled() and start.exception() is None:
+            self._now = start.result()
 
     async def _begin(self) -> _Generation:
         life = next(self._lives)  # a retired one may still be there, with its name

@@ -16,6 +16,7 @@ import yaml
 from fakes import fake_engine
 from tiny_models import make_tiny_model
 
+from rlx.cluster import ray_episodes
 from rlx.cluster.ray_episodes import RayEpisodes
 from rlx.cluster.ray_runtime import RayRuntime
 from rlx.cluster.ray_worker import RayWorker, WeightParcel
@@ -225,6 +226,32 @@ async def test_a_worker_that_dies_is_the_services_failure_not_the_episodes(tmp_p
             await worker.openai("die", {})
         with pytest.raises(ServiceUnavailable, match="worker rlx-rollout-0"):
             await episodes.run(worker, request())
+
+
+async def test_a_start_of_a_process_goes_on_for_the_others_when_one_group_that_waits_for_it_is_cancelled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process, begun, goes_on = ray_episodes._Process(0, make_config(tmp_path, "two_turns")), [], asyncio.Event()
+
+    async def begin() -> object:
+        begun.append(len(begun))
+        await goes_on.wait()
+        if len(begun) == 1:
+            raise UserCodeError("it does not load")
+        return process
+
+    monkeypatch.setattr(process, "_begin", begin)
+    for outcome in ("it does not load", process):
+        goes_on.clear()
+        waiting = [asyncio.create_task(process._running()) for _ in range(3)]
+        await asyncio.sleep(0)
+        waiting[0].cancel()
+        await asyncio.wait(waiting[:1])
+        goes_on.set()
+        ended = await asyncio.gather(*waiting, return_exceptions=True)
+        assert isinstance(ended[0], asyncio.CancelledError)
+        assert [outcome if isinstance(end, UserCodeError) else end for end in ended[1:]] == [outcome] * 2
+    assert begun == [0, 1], "each start was that of all three"
 
 
 async def test_a_function_that_does_not_exist_is_named_at_the_start(tmp_path: Path, runtime: RayRuntime) -> None:
