@@ -81,8 +81,9 @@ class Leases:
         return len(self._leases)
 
     def check_session(self, session: str | None) -> None:
-        """As the service's."""
-        self._service.check_session(session)
+        """As the service's; one that stops still hears which groups are done."""
+        if not self._service.is_stopping:
+            self._service.check_session(session)
 
     async def route(self, groups: list[GroupRequest], done: Iterable[str]) -> dict[str, list[dict[str, Any]]]:
         """End the leases of the keys `done`; find workers for `groups`, of which only key, sizes and deadline count.
@@ -91,7 +92,6 @@ class Leases:
         one of either, or nothing after a while; ask again for the others. The same key has the same worker, as long as
         that lives.
         """
-        self._service.check_serving()
         for key in done:
             if lease := self._leases.get(key):
                 lease.over.set()

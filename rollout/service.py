@@ -191,6 +191,11 @@ class RolloutService:
             body["progress"] = asdict(self.load_progress())
         return status in ("ok", "degraded"), body
 
+    @property
+    def is_stopping(self) -> bool:
+        """Whether it waits for the running groups only."""
+        return self._state == "stopping"
+
     def check_serving(self) -> None:
         """Raise ServiceUnavailable unless the service takes requests."""
         if self._state == "loading":

@@ -194,6 +194,25 @@ async def test_a_service_that_is_gone_is_unavailable_to_all_who_ask():
         s.service._state = "serving"
 
 
+async def test_a_service_that_stops_hears_which_groups_are_done_and_does_not_wait_for_them():
+    async with stage(patient()) as s, httpx.AsyncClient(timeout=LONG_S) as http:
+        s.service.begin_session("a")
+        await s.leases.route([group("a/0.0")], [])
+        stopping = asyncio.create_task(s.service.drain(LONG_S))
+        await asyncio.sleep(0)
+        asked = {"key": "a/1.0", "n": 1, "prompt_tokens": 1, "max_tokens": 1, "deadline_s": LONG_S}
+        answer = await http.post(
+            f"{s.client.base_url}/v1/routes",
+            json={"groups": [asked], "done": ["a/0.0"]},
+            headers={"Authorization": f"Bearer {TOKEN}", "rlx-session": "a"},
+        )
+        assert answer.json()["errors"][0]["error"] == {
+            "type": "ServiceUnavailable",
+            "message": "the service is stopping",
+        }
+        await asyncio.wait_for(stopping, LONG_S / 2)
+
+
 async def test_both_endpoints_need_the_token_and_refuse_what_they_cannot_read():
     async with stage() as s, httpx.AsyncClient() as http:
         endpoints = [f"{s.urls['worker-0']}/v1/rollouts", f"{s.client.base_url}/v1/routes"]

@@ -126,7 +126,7 @@ async def test_requests_in_flight_keep_going_over_a_swap_and_their_versions_part
 ) -> None:
     old, before = subject.engine.weight_version(), subject.engine.load().generated_tokens
     running = [
-        asyncio.ensure_future(subject.engine.generate(f"r{i}", PROMPT, n, Sampling(max_tokens=200)))
+        asyncio.ensure_future(subject.engine.generate(f"r{i}", PROMPT, n, Sampling(max_tokens=500)))
         for i, n in enumerate([1, 3])
     ]
     while subject.engine.load().generated_tokens < before + 8:
@@ -152,8 +152,10 @@ async def test_cancelling_a_request_aborts_it_in_the_engine(subject: Subject) ->
         await task
     assert subject.engine.in_flight == 0
     assert subject.engine.load().running == subject.engine.load().waiting == 0
-    await asyncio.sleep(0.2)
-    age = subject.engine.seconds_since_token()
+    for _ in range(10):  # an engine in another process hears of it a little later, but long before the 900 tokens
+        await asyncio.sleep(0.2)
+        if (age := subject.engine.seconds_since_token()) > 0.1:
+            break
     assert age > 0.1, f"a token was generated {age:.3f} s ago although nobody waits for it"
 
 

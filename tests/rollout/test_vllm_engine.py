@@ -147,7 +147,7 @@ def test_no_process_of_vllm_survives_the_sigkill_of_its_host(tmp_path: Path) -> 
     finally:
         host.send_signal(signal.SIGKILL)
         host.wait()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline and any(_alive(pid) for pid in below):
         time.sleep(0.05)
     assert [pid for pid in below if _alive(pid)] == []
