@@ -368,6 +368,22 @@ def test_the_last_step_leaves_no_earlier_prompt_behind():
     assert consumed(books) == (0, 1)
 
 
+def test_after_the_last_step_nothing_is_sent_that_was_put_back():
+    books = ledger(max_staleness=1, total_steps=2, oversample=1.5)
+    assert send(books) == [0, 1, 2, 3]
+    bring(books, 1, 2)
+    assert consumed(books) == (1, 2)
+    assert books.failed(3, 0)
+    books.serve(1)
+    assert send(books) == [3]
+    bring(books, 0, 3)
+    assert consumed(books) == (0, 3)
+    again = Ledger(books.rules, 2)
+    again.restore({"next": 5, "open": [4]})
+    again.serve(2)
+    assert send(again) == []
+
+
 def test_the_policies_that_are_served_follow_each_other():
     books = ledger()
     with pytest.raises(ValueError, match="cannot follow"):
