@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -39,7 +40,8 @@ class Ranks:
         try:
             frames = make()
         except Exception:  # whatever it is goes on up; the others must not wait for it
-            self.broadcast(None)
+            with contextlib.suppress(RuntimeError):  # one of them is gone, too: what is told is what ended this rank
+                self.broadcast(None)
             raise
         return self.broadcast(frames)
 

@@ -55,7 +55,7 @@ class LiveView:
         self._rewards: list[float] = []
         self._measures, self._time, self._bound, self._fleet = "", "waiting for the first step", "", ""
         self._events: list[tuple[str, str, str]] = []
-        self._told: set[str] = set()
+        self._told, self._telling = set(), threading.Lock()  # type: tuple[set[str], threading.Lock]
         self._over = threading.Event()
         self._live = Live(console=console, refresh_per_second=_REFRESHES_PER_S, get_renderable=lambda: self)
 
@@ -76,8 +76,10 @@ class LiveView:
 
     def tell(self, text: str, instead_of: str = "") -> None:
         """An event, shown until others push it out; the same text once. It takes the place of one that was told with the
-        same `instead_of`."""
-        if text not in self._told:
+        same `instead_of`. Any thread."""
+        with self._telling:
+            if text in self._told:
+                return
             self._told.add(text)
             others = [event for event in self._events if not instead_of or event[2] != instead_of]
             self._events = [*others[1 - _EVENTS :], (time.strftime("%H:%M:%S"), text, instead_of)]
@@ -111,8 +113,8 @@ class LiveView:
             _line("bound", self._bound),
             _line("workers", self._fleet),
         ]
-        lines += [_line(at, text, "yellow") for at, text, _ in self._events]
-        return lines + [Text("") for _ in range(_EVENTS - len(self._events))]
+        events = [_line(at, text, "yellow") for at, text, _ in self._events]
+        return lines + events + [Text("") for _ in range(_EVENTS - len(events))]
 
     def _look(self) -> None:
         place = 0

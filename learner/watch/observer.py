@@ -173,7 +173,8 @@ class Observer:
 
     def _lose(self, count: int, cause: str) -> None:
         if count:
-            self.lost, first = self.lost + count, self.lost == 0
+            with self._lock:
+                self.lost, first = self.lost + count, self.lost == 0
             if first:
                 self._say(f"note: {cause}: its page of this run is incomplete; the files of the run have everything")
 

@@ -66,8 +66,9 @@ class ProgressReport(TrainerCallback):
             self._live = None
 
     def _tell(self, kind: str, record: Mapping[str, Any]) -> None:
-        if self._live is not None and kind == "events" and record["kind"].startswith(("worker_", *_NEWS)):
-            self._live.tell(record["text"], "checkpoint" if record["kind"] == "checkpoint" else "")
+        live = self._live  # which `stop` may take away meanwhile
+        if live is not None and kind == "events" and record["kind"].startswith(("worker_", *_NEWS)):
+            live.tell(record["text"], "checkpoint" if record["kind"] == "checkpoint" else "")
 
 
 _NOT_EXACT = "The rollout function returned other tokens or text than it sampled (docs/guides/rollouts.md)."

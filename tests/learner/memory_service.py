@@ -78,7 +78,7 @@ class Service:
 
     def wait_for(self, ready: Callable[[], bool]) -> None:
         with self.arrived:
-            assert self.arrived.wait_for(ready, 20), f"never happened; running: {sorted(self.running)}"
+            assert self.arrived.wait_for(ready, 60), f"never happened; running: {sorted(self.running)}"
 
     def tell(self, event: tuple[Any, ...]) -> None:
         with self.arrived:
@@ -205,7 +205,7 @@ class Client:
 
 
 class Publisher:
-    """`may_send` is waited for before each commit, `may_answer` after it."""
+    """`may_send` is waited for before each commit, `may_answer` after it; `at` hears how far each is, and may raise."""
 
     def __init__(self, client: Client):
         self._client, self._full = client, True
@@ -214,6 +214,7 @@ class Publisher:
         self.may_answer = threading.Event()
         self.may_send.set()
         self.may_answer.set()
+        self.at: Callable[[str], None] = lambda place: None
 
     def snapshot(self, model: nn.Module) -> Packed:
         assert isinstance(model, Policy)
@@ -221,9 +222,12 @@ class Publisher:
 
     def send(self, packed: Packed, on_version: Callable[[int], None]) -> PublishTimes:
         assert self.may_send.wait(60)
+        self.at("asking for the version")
         version = max(self.version or 0, self._client._service.version) + 1
         on_version(version)
+        self.at("before the commit")
         self._client.commit(version, float(bytes(packed.payload)), self._full)
+        self.at("after the commit")
         assert self.may_answer.wait(60)
         self.version, self._full = version, False
         return PublishTimes(0.02, 0.01, 0.005, 8, 0.5)
@@ -246,7 +250,7 @@ class RandomTraffic:
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
-        self._thread.join(20)
+        self._thread.join(60)
 
     def _run(self) -> None:
         while not self._over.wait(self._rng.random() * 0.003):

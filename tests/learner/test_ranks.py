@@ -79,3 +79,12 @@ def test_one_process_alone_broadcasts_to_itself_and_raises_its_own_errors() -> N
     assert ranks.from_first(lambda: [b"x", b""]) == [b"x", b""]
     with pytest.raises(OSError, match="disk"):
         ranks.from_first(lambda: (_ for _ in ()).throw(OSError("disk")))
+
+
+def test_what_ended_rank_zero_is_told_also_when_the_others_are_gone() -> None:
+    class Alone(Ranks):
+        def broadcast(self, frames: list[bytes] | None) -> list[bytes]:
+            raise RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer")
+
+    with pytest.raises(OSError, match="disk"):
+        Alone(1).from_first(lambda: (_ for _ in ()).throw(OSError("disk")))

@@ -8,6 +8,7 @@ import os
 import pty
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,25 @@ def test_the_view_shows_progress_time_left_rewards_and_events_each_once() -> Non
     assert lines[2].startswith("time        2.00 s = rollouts 1.20")
     assert lines[3].startswith("bound       generation-bound")
     assert [line[12:].rstrip() for line in lines[5:]] == ["worker a: restarting", "worker a: ready", ""]
+
+
+def test_two_threads_that_tell_something_at_once_are_both_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second comes while the first is about to be added."""
+    live, console = view(100)
+    second = threading.Thread(target=live.tell, args=("worker-1 restarts",))
+
+    def now(form: str) -> str:
+        if not second.ident:
+            second.start()
+            second.join(0.2)
+        return "12:00:00"
+
+    monkeypatch.setattr("rlx.learner.watch.live.time.strftime", now)
+    live.tell("the service is lost")
+    second.join(60)
+    said = "\n".join(shown(live, console))
+    assert "worker-1 restarts" in said
+    assert "the service is lost" in said
 
 
 def test_a_checkpoint_takes_the_place_of_the_one_before() -> None:

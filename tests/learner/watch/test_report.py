@@ -167,3 +167,22 @@ def test_a_terminal_shows_the_verdict_and_what_it_suggests(tmp_path: Path) -> No
     printed = shown(RunFiles(tmp_path, 0), console, LOGS)
     assert "bound       generation-bound: 3 more workers would balance it" in printed
     assert "learner waited" not in printed
+
+
+def test_an_event_that_is_told_while_the_view_is_stopped_is_written_as_any_other(tmp_path: Path) -> None:
+    """The thread that writes the files tells the view; the main thread stops it when the run ends."""
+    console = Console(file=StringIO(), width=250, force_terminal=True, color_system=None, _environ={"TERM": "xterm"})
+    files, told = RunFiles(tmp_path, 0), []
+    report = ProgressReport(console, files)
+    files.listeners.append(lambda name, record: told.append(record["kind"]))
+
+    class Stopping(dict[str, object]):
+        def __getitem__(self, key: str) -> object:
+            report.stop()
+            return super().__getitem__(key)
+
+    report.on_train_begin(None, STATE, None)
+    files.event(Stopping(kind="run_failed", text="the end"))
+    files.flush()
+    assert told == ["run_failed"]
+    assert files.records.lost == 0
