@@ -243,7 +243,7 @@ def _not_found(site: _Site, parts: list[str]) -> str:
     if module in _FORMATS_OF_AXOLOTL and site.key.endswith(".type"):
         return (
             f"{module} is one of Axolotl's formats for supervised or preference data. GRPO needs a function of yours that makes "
-            "a prompt of a row: write `type: file.function`, for a file next to the YAML; see examples/quickstart/rewards.py."
+            "a prompt of a row: write `type: file.function`, for a file next to the YAML; docs/rewards.md has one."
         )
     definition = re.compile(rf"^(?:async\s+)?def\s+{re.escape(function)}\b", re.MULTILINE)
     for file in sorted(site.base.glob("*.py")):

@@ -55,7 +55,7 @@ REFUSED: dict[str, Refusal] = {
     **_refuse("special_tokens tokens added_tokens_overrides", "changing the vocabulary would part the learner from the rollout workers",
               "Save the model and tokenizer with those tokens once, and name that folder in `base_model`.", (None, [], {})),
     **_refuse("eval_batch_size eval_table_size eval_max_new_tokens eval_causal_lm_metrics do_bench_eval", "evaluation runs through the service",
-              "Remove the key; use `test_datasets` and `eval_steps`.", (None, False, [])),
+              "Remove the key; use `test_datasets` and `eval_steps`.", (None, False, [], 0, 128)),
     **_refuse("hub_model_id hub_strategy push_dataset_to_hub push_to_hub", "nothing is uploaded", "Remove the key, and upload output_dir yourself."),
     **_refuse("save_only_model", "a checkpoint without optimizer cannot be resumed", _REMOVE),
     **_refuse("early_stopping_patience loss_watchdog_threshold loss_watchdog_patience", "it watches a supervised loss", _REMOVE),

@@ -6,6 +6,7 @@ from pathlib import Path
 import yaml
 
 from rlx.config.sections import RewardsSection
+from rlx.dotted import resolve
 from rlx.rewards.scoring import CONTRACT_ARGUMENTS, load_reward
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text()
@@ -47,3 +48,14 @@ def test_every_built_in_reward_in_the_table_loads():
 def test_the_contract_table_lists_every_argument():
     listed = re.findall(r"^\| `(\w+)` \|", GUIDE, re.MULTILINE)
     assert sorted(listed) == sorted(CONTRACT_ARGUMENTS)
+
+
+def test_the_example_of_a_transform_makes_a_prompt_and_columns(tmp_path):
+    (function,) = [code for _, code in BLOCKS if "def gsm8k" in code]
+    (config,) = [yaml.safe_load(code) for language, code in BLOCKS if language == "yaml" and "datasets:" in code]
+    (tmp_path / "prompts.py").write_text(function)
+    transform = resolve(config["datasets"][0]["type"], base_dir=tmp_path, key="datasets[0].type")
+    row, options = transform(None)
+    made = row({"question": "2+2?", "answer": "so\n#### 4"})
+    assert made == {"prompt": [{"role": "user", "content": "2+2?"}], "answer": "4"}
+    assert options == {"remove_columns": ["question"]}
