@@ -9,6 +9,8 @@ import typer
 
 from rlx import __version__, cli_runs
 from rlx.cli_parts import EPILOG, OVERRIDES, ConfigPath, guarded, load
+from rlx.config import Config
+from rlx.imports import loading
 
 app = typer.Typer(
     help="GRPO with vLLM rollout workers on Ray and a separate learner, from one YAML.",
@@ -32,10 +34,7 @@ def options(version: Annotated[bool, typer.Option("--version", help="Print the v
 @app.command(context_settings=OVERRIDES, epilog=EPILOG)
 def check(context: typer.Context, config: ConfigPath, num_processes: Processes = 1) -> None:
     """Validate keys, batch arithmetic, devices, data, rewards and transforms; print the plan. Loads no model."""
-    loaded = load(config, context.args)
-    from rlx.cluster.check import check_main
-
-    raise typer.Exit(guarded(lambda: check_main(loaded, num_processes)))
+    raise typer.Exit(_check(load(config, context.args), num_processes))
 
 
 @app.command("vllm-serve", context_settings=OVERRIDES, epilog=EPILOG)
@@ -43,10 +42,9 @@ def vllm_serve(context: typer.Context, config: ConfigPath, dry_run: DryRun = Fal
     """Start the rollout service: Ray, the vLLM workers, the reward processes and the HTTP gateway."""
     loaded = load(config, _serve_options(context.args))
     if dry_run:
-        from rlx.cluster.check import check_main
-
-        raise typer.Exit(guarded(lambda: check_main(loaded, 1)))
-    from rlx.cluster.serve import serve_main
+        raise typer.Exit(_check(loaded, 1))
+    with loading():
+        from rlx.cluster.serve import serve_main
 
     raise typer.Exit(guarded(lambda: serve_main(loaded)))
 
@@ -66,9 +64,7 @@ def train(
     overrides = [*context.args, *(["--replay", str(replay)] if replay is not None else [])]
     loaded = load(config, overrides)
     if dry_run:
-        from rlx.cluster.check import check_main
-
-        raise typer.Exit(guarded(lambda: check_main(loaded, num_processes)))
+        raise typer.Exit(_check(loaded, num_processes))
     from rlx.learner.launch import train_main
 
     raise typer.Exit(guarded(lambda: train_main(loaded, overrides, num_processes)))
@@ -79,9 +75,7 @@ def run(context: typer.Context, config: ConfigPath, num_processes: Processes = 1
     """Service and learner in one terminal: start the service, wait for it, train, stop it."""
     loaded = load(config, context.args)
     if dry_run:
-        from rlx.cluster.check import check_main
-
-        raise typer.Exit(guarded(lambda: check_main(loaded, num_processes)))
+        raise typer.Exit(_check(loaded, num_processes))
     from rlx.cluster.run import run_main
 
     raise typer.Exit(guarded(lambda: run_main(loaded, context.args, num_processes)))
@@ -167,6 +161,13 @@ def workers_remove(
     from rlx.cluster.workers import remove_main
 
     raise typer.Exit(guarded(lambda: remove_main(loaded, name)))
+
+
+def _check(config: Config, num_processes: int) -> int:
+    with loading():
+        from rlx.cluster.check import check_main
+
+        return guarded(lambda: check_main(config, num_processes))
 
 
 def _serve_options(arguments: list[str]) -> list[str]:

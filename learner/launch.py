@@ -20,6 +20,7 @@ from rlx.config import Config, make_plan
 from rlx.config.trackers import check_trackers
 from rlx.errors import ConfigError
 from rlx.hub import check_in_reach
+from rlx.imports import loading
 from rlx.learner.policy.kept import newest
 from rlx.learner.watch.live import SERVICE_LOG
 from rlx.learner.watch.records import append_event, event_record
@@ -53,9 +54,10 @@ def train_main(config: Config, overrides: list[str], num_processes: int) -> int:
     check_in_reach(config, "base_model")
     threads = max(1, (os.cpu_count() or 1) // num_processes)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    with loading():
+        from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+        from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     for module in ("agent.server.api", "multiprocessing.api"):  # each has set a level of its own
         logging.getLogger(f"torch.distributed.elastic.{module}").setLevel(logging.CRITICAL)

@@ -18,6 +18,7 @@ from types import ModuleType
 
 from rlx.config import load_config, parse_overrides
 from rlx.errors import RlxError
+from rlx.imports import loaded, loading
 from rlx.learner.launch import log_of
 from rlx.processes import die_with_parent, write_output_to
 
@@ -39,11 +40,12 @@ def main() -> int:
         if rank:
             log_of(config, rank).unlink(missing_ok=True)
             write_output_to(log_of(config, rank))
-        import torch
+        with loading(), contextlib.nullcontext() if config.adapter == "qlora" else _without_bitsandbytes():
+            import torch
 
-        with contextlib.nullcontext() if config.adapter == "qlora" else _without_bitsandbytes():
             from rlx.learner.main import train
 
+        loaded()
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         train(config, num_processes)
         return 0

@@ -19,6 +19,7 @@ from rlx.errors import (
     ServiceUnavailable,
     WeightSyncError,
 )
+from rlx.imports import loading
 from rlx.rollout.manifest import WeightManifest, check_adapter, check_file, check_manifest, checkpoint_specs
 from rlx.rollout.vllm_load import LoadMeter
 from rlx.rollout.vllm_params import VllmOptions, engine_args, prompt_logprobs_params, sampling_params
@@ -146,7 +147,8 @@ class VllmEngine:
             self._causes = None
 
     def _start_vllm(self) -> None:
-        from vllm.v1.engine.async_llm import AsyncLLM
+        with loading():
+            from vllm.v1.engine.async_llm import AsyncLLM
 
         self._llm = AsyncLLM.from_engine_args(engine_args(self._options))
         self._meter = LoadMeter(self._llm)

@@ -25,6 +25,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from rlx.imports import begin_loading
+
 HOST_PID = "RLX_ENGINE_HOST_PID"
 """Environment variable naming the process that vLLM's processes must not outlive."""
 _CAUSE_FILE = "RLX_ENGINE_CAUSE_FILE"
@@ -60,6 +62,19 @@ class ProcessHook(logging.Handler):
                     file.write(json.dumps([type(error).__name__, str(error)]) + "\n")
 
 
+class _Beginning:
+    """In what multiprocessing gives to a child process, before the function that the child then imports to run it. The
+    child makes it anew, for its own children, and imports from then on as `begin_loading` says."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _begin, ()
+
+
+def _begin() -> _Beginning:
+    begin_loading()
+    return _Beginning()
+
+
 def prepare_environment(start_timeout_s: float) -> Path:
     """Set what vLLM's processes inherit; must run before vLLM is imported. Returns the file for causes.
 
@@ -75,7 +90,10 @@ def prepare_environment(start_timeout_s: float) -> Path:
         os.environ.setdefault(key, value)
     if len(str(folder)) <= _LONGEST_SOCKET_FOLDER:
         os.environ[_SOCKETS] = str(folder)
-    multiprocessing.current_process()._config["semprefix"] = f"/{_prefix(os.getpid())}"  # type: ignore[attr-defined]
+    multiprocessing.current_process()._config |= {  # type: ignore[attr-defined]
+        "semprefix": f"/{_prefix(os.getpid())}",
+        "rlx": _Beginning(),
+    }
     os.environ["VLLM_CONFIGURE_LOGGING"] = "1"
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     os.environ["VLLM_ENGINE_READY_TIMEOUT_S"] = str(int(start_timeout_s))
@@ -95,6 +113,7 @@ def forget_environment(causes: Path) -> None:
     for key, path in ours:
         if os.environ.get(key) == str(path):
             del os.environ[key]
+    multiprocessing.current_process()._config.pop("rlx", None)  # type: ignore[attr-defined]
     shutil.rmtree(causes.parent)
 
 

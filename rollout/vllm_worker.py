@@ -25,6 +25,7 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
+from rlx.imports import loaded
 from rlx.rollout.manifest import fingerprint
 from rlx.rollout.vllm_lora import load_adapter
 from rlx.rollout.vllm_shadow import Shadow, has_room, share, tied_heads
@@ -193,6 +194,7 @@ def _enter_worker() -> None:
     if os.environ.get(HOST_PID, str(os.getpid())) != str(os.getpid()):
         # Without this Python takes seconds to tear down torch after vLLM has freed everything.
         atexit.register(os._exit, 0)
+        loaded()
 
 
 _enter_worker()

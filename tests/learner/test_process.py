@@ -16,7 +16,8 @@ def one_process(tmp_path, monkeypatch):
     path = tmp_path / "cfg.yaml"
     path.write_text(f"base_model: x\nrl: grpo\ndatasets:\n  - path: a\noutput_dir: {tmp_path / 'out'}\n")
     monkeypatch.setattr("sys.argv", ["process", "1", str(path)])
-    monkeypatch.setattr(process, "die_with_parent", lambda: None)
+    for of_a_process_of_its_own in ("die_with_parent", "loaded"):
+        monkeypatch.setattr(process, of_a_process_of_its_own, lambda: None)
 
     def end_with(error: BaseException) -> int:
         def train(config, num_processes):

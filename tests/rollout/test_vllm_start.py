@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
+import multiprocessing
 
 import pytest
 
-from rlx.rollout.vllm_start import ENDED, HOST_PID, ProcessHook, first_cause, reason
+from rlx.rollout.vllm_start import ENDED, HOST_PID, ProcessHook, _Beginning, first_cause, reason
+
+AT_IMPORT = gc.get_threshold()
 
 
 class EngineDeadError(Exception):
@@ -36,3 +40,20 @@ def test_that_the_host_misses_its_engine_is_no_cause_of_the_engines_end(tmp_path
         seen = (type(error), error, None)
         ProcessHook().emit(logging.LogRecord("vllm", logging.ERROR, __file__, 1, "failed", None, seen))
         assert first_cause(causes, missed) == found
+
+
+def send_threshold(sender) -> None:
+    sender.send((AT_IMPORT, "rlx" in multiprocessing.current_process()._config))
+
+
+def test_a_process_of_vllm_looks_seldom_for_cycles_before_it_imports_anything_and_so_do_its_own(monkeypatch):
+    monkeypatch.setitem(multiprocessing.current_process()._config, "rlx", _Beginning())
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=send_threshold, args=(sender,))
+    process.start()
+    assert receiver.poll(60)
+    (first, *_), inherited = receiver.recv()
+    process.join(60)
+    assert first > 10 * gc.get_threshold()[0]
+    assert inherited
