@@ -124,6 +124,7 @@ class _Process:
         self._now: _Generation | None = None
         self._retired: set[_Generation] = set()
         self._starting: asyncio.Task[_Generation] | None = None
+        self._waiting = 0
         self._lives = itertools.count()
         self._tasks: set[asyncio.Task[None]] = set()
         self._look_at = 0.0
@@ -135,7 +136,8 @@ class _Process:
 
     @property
     def in_flight(self) -> int:
-        return self._now.in_flight if self._now else 0
+        """Groups that run in it, or wait for it to start."""
+        return self._waiting + (self._now.in_flight if self._now else 0)
 
     async def start(self, urls: Mapping[str, str]) -> Loaded:
         self._urls = urls
@@ -143,7 +145,11 @@ class _Process:
 
     async def run(self, worker: RayWorker, request: GroupRequest) -> list[Episode]:
         """Raises _Lost when the process died, Stalled when it was killed because a function blocked it."""
-        life = await self._running()
+        self._waiting += 1
+        try:
+            life = await self._running()
+        finally:
+            self._waiting -= 1
         life.in_flight += 1
         try:
             ref = life.actor.handle.run.remote(worker.handle, worker.name, request)

@@ -68,7 +68,7 @@ class RewardPool:
         self._processes: list[_Process] = []
         self._num_starting = 0
         self._cause: RlxError = ServiceUnavailable(f"{self._who} has no process: it was not started")
-        self._changed = asyncio.Event()
+        self._changed, self._line = asyncio.Event(), asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
 
     @property
@@ -120,14 +120,15 @@ class RewardPool:
         """A process with room for a group. While there is none, callers wait, the oldest first: each call has a deadline,
         and so has the group (service.group_timeout)."""
         room = GROUPS_SIDE_BY_SIDE if self._is_async else 1
-        while True:
-            free = [process for process in self._processes if process.in_flight < room]
-            if free:
-                return min(free, key=lambda process: process.in_flight)
-            if not self._processes and not self._num_starting:
-                raise self._cause
-            self._changed.clear()
-            await self._changed.wait()
+        async with self._line:
+            while True:
+                free = [process for process in self._processes if process.in_flight < room]
+                if free:
+                    return min(free, key=lambda process: process.in_flight)
+                if not self._processes and not self._num_starting:
+                    raise self._cause
+                self._changed.clear()
+                await self._changed.wait()
 
     async def _call(self, process: _Process, group: ScoreRequest) -> Answer:
         handle, timeout_s = process.actor.handle, self._timeout_s

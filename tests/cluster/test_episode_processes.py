@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from fakes import write_config
 
@@ -16,7 +17,7 @@ from rlx.cluster.episode_actor import Loaded
 from rlx.cluster.ray_episodes import RayEpisodes
 from rlx.cluster.ray_worker import RayWorker, WeightParcel
 from rlx.errors import DeadlineExceeded, ServiceUnavailable, UserCodeError
-from rlx.wire import GroupRequest
+from rlx.wire import GroupRequest, Sampling
 
 Method = Callable[..., Awaitable[Any]]
 
@@ -93,11 +94,23 @@ def fails(error: Exception) -> Method:
     return method
 
 
+REQUEST = GroupRequest("g", "x", np.array([1], np.int32), 1, Sampling(8))
+
+
+def worker_in(folder: Path, actor: Any) -> RayWorker:
+    runtime: Any = None
+    worker = RayWorker(0, runtime, runtime=runtime, log_dir=folder, parcel=WeightParcel())
+    worker._actor = actor
+    return worker
+
+
 def tasks() -> set[asyncio.Task[Any]]:
     return asyncio.all_tasks() - {asyncio.current_task()}  # type: ignore[arg-type]
 
 
-async def test_when_one_process_cannot_start_the_others_do_not_go_on(tmp_path: Path, actors: Actors) -> None:
+async def test_when_one_process_cannot_start_those_that_still_do_end_with_the_closing(
+    tmp_path: Path, actors: Actors
+) -> None:
     loading = asyncio.Event()
 
     async def loads(*_: Any) -> None:
@@ -108,10 +121,12 @@ async def test_when_one_process_cannot_start_the_others_do_not_go_on(tmp_path: P
         await loading.wait()
         raise UserCodeError("there is no such function")
 
+    episodes = episodes_of(tmp_path, 2)
     actors.methods |= {("rlx-episodes-0", "load"): loads, ("rlx-episodes-1", "load"): refuses}
     async with asyncio.timeout(20):
         with pytest.raises(UserCodeError, match="no such function"):
-            await episodes_of(tmp_path, 2).start()
+            await episodes.start()
+        await episodes.close()
     assert [actor.killed for actor in actors.made.values()] == [1, 1]
     assert not tasks()
 
@@ -178,12 +193,28 @@ async def test_a_process_is_looked_at_only_while_it_is_the_one_that_runs_groups(
     assert life.actor.killed == (how == "ended")
 
 
+async def test_groups_do_not_all_wait_for_the_one_process_that_starts(tmp_path: Path, actors: Actors) -> None:
+    episodes = episodes_of(tmp_path, 2)
+    await episodes.start()
+    first, second = episodes._processes
+    assert first._now is not None
+    first._end(first._now)
+    actors.methods["rlx-episodes-0.1", "load"] = forever
+    actors.methods["run"] = forever
+    groups = [asyncio.create_task(episodes.run(worker_in(tmp_path, object()), REQUEST)) for _ in range(4)]
+    await asyncio.sleep(0)
+    assert (first.in_flight, second.in_flight) == (2, 2)
+    for group in groups:
+        group.cancel()
+    await asyncio.wait(groups)
+    assert (first.in_flight, second.in_flight) == (0, 0)
+    await episodes.close()
+
+
 async def test_a_worker_that_is_replaced_while_the_episodes_process_is_too_is_the_workers_failure(
     tmp_path: Path, actors: Actors
 ) -> None:
     """Between the worker's turn for the group and the first sample lies the start of a process."""
-    parcel: Any = WeightParcel()
-    worker = RayWorker(0, lambda: None, runtime=None, log_dir=tmp_path, parcel=parcel)  # type: ignore[arg-type]
     with pytest.raises(ServiceUnavailable, match="rlx-rollout-0 is not running"):
-        await episodes_of(tmp_path).run(worker, GroupRequest("g", "x", None, 1, None))  # type: ignore[arg-type]
+        await episodes_of(tmp_path).run(worker_in(tmp_path, None), REQUEST)
     assert actors.made["rlx-episodes-0"].killed == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -54,6 +55,9 @@ class Pool(RewardPool):
         super().__init__("reward_functions.length", 0, write_config(folder, "rewards: {timeout: 30}"))
         self.starts, self.killed = list(starts), 0
         self.answers: list[Any] = []
+        self.asked: list[ScoreRequest] = []
+        self.gate = asyncio.Event()
+        self.gate.set()
 
     async def _new_process(self, number: int) -> Any:
         await asyncio.sleep(0)
@@ -68,6 +72,8 @@ class Pool(RewardPool):
         return Process(number=number, in_flight=0, blocked=False, log="log", actor=SimpleNamespace(label="p", pid=0))
 
     async def _call(self, process: Any, group: ScoreRequest) -> Any:
+        self.asked.append(group)
+        await self.gate.wait()
         answer = self.answers.pop(0)
         if isinstance(answer, Exception):
             raise answer
@@ -83,6 +89,22 @@ async def test_a_process_that_dies_while_it_replaces_another_is_replaced_too(tmp
     assert (first[0].outcome, first[0].failed) == ("crash", 2)
     assert (second[0].outcome, second[0].values.tolist()) == ("ok", [1.0, 2.0])
     assert pool.killed == 1
+    await pool.close()
+
+
+async def test_who_waits_longest_for_a_process_is_next_whoever_comes_meanwhile(tmp_path: Path) -> None:
+    pool = Pool(tmp_path, None)
+    await pool.start()
+    pool.answers = [[0.0, 0.0]] * 3
+    groups = [replace(GROUP, step=step) for step in range(3)]
+    pool.gate.clear()
+    calls = [asyncio.create_task(pool.score(group)) for group in groups[:2]]
+    for _ in range(5):
+        await asyncio.sleep(0)
+    calls.append(asyncio.create_task(pool.score(groups[2])))
+    pool.gate.set()
+    await asyncio.gather(*calls)
+    assert [group.step for group in pool.asked] == [0, 1, 2]
     await pool.close()
 
 
