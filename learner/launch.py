@@ -14,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from rlx.config import Config, make_plan
 from rlx.config.trackers import check_trackers
@@ -89,7 +89,7 @@ def train_main(config: Config, overrides: list[str], num_processes: int) -> int:
     except SignalException as stopped:
         _give_terminal_back()
         print(message := stopped_message(config, overrides, num_processes, stopped.sigval), flush=True)
-        _write_down(config, message)
+        _write_down(config, message, stopped=True)
         return 128 + stopped.sigval
     return 0
 
@@ -159,9 +159,9 @@ def what_is_kept(config: Config, overrides: list[str], num_processes: int) -> st
     return f"{checkpoint} is kept. To go on: rlx {command} {shlex.join(again)}"
 
 
-def _write_down(config: Config, message: str) -> None:
+def _write_down(config: Config, message: str, **details: Any) -> None:
     """The end of the run, in its events.jsonl."""
-    append_event(Path(config.output_dir), event_record("run_failed", message))
+    append_event(Path(config.output_dir), event_record("run_failed", message, **details))
 
 
 def _name(number: int) -> str:

@@ -82,11 +82,11 @@ class History:
         return max(0.0, timed[-1]["time"] - timed[0]["time"]) / (timed[-1]["step"] - timed[0]["step"])
 
     def _state(self, step: int, total: int | None, pace: float | None) -> str:
-        """running, finished, failed, stopped (silent before its end) or waiting (no step yet)."""
+        """running, finished, failed, stopped (by Ctrl-C, or silent before its end) or waiting (no step yet)."""
         for event in reversed(self.events):
             kind = event.get("kind")
             if kind in ("run_finished", "run_failed"):
-                return str(kind).removeprefix("run_")
+                return "stopped" if event.get("stopped") else str(kind).removeprefix("run_")
             if kind in ("run_started", "resumed"):
                 break
         if total and step >= total:

@@ -171,9 +171,10 @@ def event_record(kind: str, text: str, step: int | None = None, **details: Any) 
 
 
 def failure_record(error: BaseException, process: str = "learner rank 0") -> Record:
-    """The event that a run ended with `error` in `process`; with a traceback where it is no error of a user."""
+    """The event that a run ended with `error` in `process`; with a traceback where it is no error of a user, and
+    `stopped` where somebody pressed Ctrl-C."""
     if isinstance(error, KeyboardInterrupt):
-        return event_record("run_failed", "the run was interrupted", process=process)
+        return event_record("run_failed", "the run was interrupted", process=process, stopped=True)
     kind = type(error).__name__
     record = event_record("run_failed", f"{process} ended with {kind}: {error}", process=process, error=kind)
     if not isinstance(error, RlxError):

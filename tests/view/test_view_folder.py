@@ -9,6 +9,7 @@ import tracemalloc
 import pytest
 
 from rlx.errors import ConfigError
+from rlx.learner.watch.records import failure_record
 from rlx.view.choose import Wanted, choose
 from rlx.view.folder import FolderRun
 from rlx.view.state import Seen
@@ -68,6 +69,10 @@ def test_a_crashed_run_counts_as_stopped_and_a_finished_one_as_finished(tmp_path
     (tmp_path / "run.json").write_text('{"total_steps": 4}')
     assert FolderRun(tmp_path).since(Seen())["run"]["state"] == "stopped"
     append(tmp_path / "events.jsonl", line({"kind": "run_failed", "time": 3, "text": "x"}))
+    assert FolderRun(tmp_path).since(Seen())["run"]["state"] == "failed"
+    append(tmp_path / "events.jsonl", line(failure_record(KeyboardInterrupt())))
+    assert FolderRun(tmp_path).since(Seen())["run"]["state"] == "stopped"
+    append(tmp_path / "events.jsonl", line(failure_record(RuntimeError("x"))))
     assert FolderRun(tmp_path).since(Seen())["run"]["state"] == "failed"
     append(tmp_path / "events.jsonl", line({"kind": "resumed", "time": 3, "text": "x"}))
     append(tmp_path / "metrics.jsonl", metric(3), metric(4))
