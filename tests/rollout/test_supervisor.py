@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import tempfile
 from pathlib import Path
 
@@ -688,20 +689,22 @@ STEP = st.one_of(
     st.tuples(st.just("fault"), st.integers(0, 2), METHOD, FAULT),
     st.tuples(st.just("kill"), st.integers(0, 2)),
     st.tuples(st.just("publish"), st.booleans()),
+    st.tuples(st.just("publish beside the rest"), st.booleans()),
     st.tuples(st.just("abandon"),),
     st.tuples(st.just("wait"), st.sampled_from([0.1, 3.0, 130.0, 1100.0])),
     st.tuples(st.just("admit"),),
     st.tuples(st.just("retire"), st.integers(0, 2)),
+    st.tuples(st.just("retire beside the rest"), st.integers(0, 2)),
 )  # fmt: skip
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(steps=st.lists(STEP, max_size=25), publish=st.sampled_from(["together", "rolling"]))
 def test_a_worker_that_missed_a_version_never_serves_until_it_has_it_and_was_verified(steps, publish):
     async def main():
         workers = [FaultyWorker(f"w-{i}") for i in range(3)]
         async with crew(*workers, publish=publish, max_restarts=2, probe_interval=40.0) as c:
-            before, unnamed = dict.fromkeys(c.fleet.members, "ready"), []
+            before, unnamed, beside = dict.fromkeys(c.fleet.members, "ready"), [], []
 
             def check():
                 ready = c.fleet.ready()
@@ -719,10 +722,13 @@ def test_a_worker_that_missed_a_version_never_serves_until_it_has_it_and_was_ver
 
             asyncio.get_running_loop().watch = check
             for kind, *rest in steps:
-                try:
-                    await act(c, workers, kind, *rest)
-                except RlxError as error:
-                    unnamed += [] if "w-" in str(error) else [error]
+                kind, is_beside, _ = kind.partition(" beside")
+                doing = asyncio.create_task(attempt(act(c, workers, kind, *rest), beside, unnamed))
+                if is_beside:
+                    beside.append(doing)
+                else:
+                    await doing
+            await asyncio.gather(*beside)
             for worker in workers:
                 worker.faults.clear()
             await asyncio.sleep(3000)
@@ -730,6 +736,14 @@ def test_a_worker_that_missed_a_version_never_serves_until_it_has_it_and_was_ver
             assert not [event for event in c.events if "nobody looks after it" in event]
             assert all(m.state in ("ready", "gone") or m.kept for m in c.fleet.members)
             assert len(c.ready()) == c.states().count("ready")
+
+    async def attempt(action, beside, unnamed):
+        try:
+            await action
+        except RlxError as error:
+            # What goes on beside it may be another update, or that the last worker leaves.
+            if "w-" not in str(error) and not (beside and re.search("weights|there is no worker", str(error))):
+                unnamed.append(error)
 
     async def act(c, workers, kind, *rest):
         if kind == "fault":
