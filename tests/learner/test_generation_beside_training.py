@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import time
 from collections import Counter
@@ -20,6 +21,7 @@ from torch import nn
 from rlx.learner.incoming import rollouts
 from rlx.learner.incoming.stream import Fetched
 from rlx.learner.main import train
+from rlx.wire import Completion
 
 pytestmark = pytest.mark.slow
 
@@ -124,13 +126,23 @@ def test_groups_without_spread_are_left_out_and_replaced(tmp_path: Path) -> None
     assert all(r["frac_reward_zero_std"] == 0 for r in metrics)
 
 
+class Stuck(ScriptedWorker):
+    """Does not get beyond its ninth group, so that a run needs another worker."""
+
+    async def generate(self, *asked: Any) -> list[Completion]:
+        completions = await super().generate(*asked)
+        if sum(event[0] == "generate" for event in self.events) > 9:
+            await asyncio.Event().wait()
+        return completions
+
+
 @pytest.mark.parametrize("staleness", [0, 1])
 def test_a_service_that_is_started_anew_on_the_same_port_loses_and_doubles_nothing(
     tmp_path: Path, staleness: int
 ) -> None:
     path = write_run(tmp_path, async_={"max_staleness": staleness}, test_datasets=None, **EPOCHS)
     with ThreadPoolExecutor() as pool:
-        with serve(worker=ScriptedWorker(slow=0.3)) as first:
+        with serve(worker=Stuck(slow=0.3)) as first:
             port = first.port
             training = pool.submit(train, config_for(path, first), 1)
             wait_until(lambda: len(first.generated()) >= 7)

@@ -127,6 +127,9 @@ def test_a_run_that_is_killed_while_it_writes_a_checkpoint_goes_on_to_the_same_b
         whole = tmp_path / "out"
     else:
         assert run(path, NOBODY, processes, *options, str(whole))[0] == 0
+    killed.mkdir()
+    in_the_way = killed / "checkpoint-3"
+    in_the_way.touch()  # however late it is killed, it does not get further
     learner = start(path, NOBODY, processes, *options, str(killed))
     end = time.monotonic() + LIMIT_S
     while not (killed / "checkpoint-2").exists():
@@ -141,6 +144,7 @@ def test_a_run_that_is_killed_while_it_writes_a_checkpoint_goes_on_to_the_same_b
     learner.communicate()
     assert gone(left)
     assert not (killed / "model.safetensors").exists()
+    in_the_way.unlink()
     status, out, err = run(path, NOBODY, processes, *options, str(killed))
     assert (status, err) == (0, "")
     assert "step 4/4" in out

@@ -3,7 +3,6 @@ and two, stopped and resumed."""
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import numpy as np
@@ -101,9 +100,7 @@ def test_a_run_that_a_reward_ended_is_resumed_to_the_parameters_of_an_uninterrup
         train(config_for(path, served, output_dir=str(tmp_path / "whole" / "out")), 1)
         expected_prompts = served.generated()
     with serve(fails_from(2)) as served:
-        began = time.monotonic()
         status, _, err = run(path, served, 2)
-        assert time.monotonic() - began < 60
         last_version = served.worker.version
     assert status == 1
     assert err == "error: trl.reward_funcs[0] (rewards.length) raised ZeroDivisionError: division by zero\n"
