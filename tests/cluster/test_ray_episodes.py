@@ -69,7 +69,6 @@ async def leaves():
     raise SystemExit(3)
 
 async def never_ends(ctx):
-    await ctx.turn(max_tokens=2)
     await asyncio.to_thread(time.sleep, 1000)
 """
 
@@ -201,7 +200,7 @@ async def test_a_function_that_ends_its_process_is_tried_again_and_then_aborted(
 
 
 async def test_a_thread_that_never_ends_times_out_and_its_process_goes(tmp_path: Path, runtime: RayRuntime) -> None:
-    config = make_config(tmp_path, "never_ends", timeout=4, failure_budget=1.0)
+    config = make_config(tmp_path, "never_ends", timeout=1.5, failure_budget=1.0)
     async with running(config, runtime) as (episodes, worker):
         pid = episodes.pids[0]
         start = descendants(1)[pid]

@@ -254,7 +254,7 @@ def _healthy(url: str) -> bool:
 
 async def instances(url: str) -> int:
     """How many environments live in a server, as it counts them."""
-    async with httpx.AsyncClient(trust_env=False) as client:
+    async with httpx.AsyncClient(trust_env=False, timeout=60) as client:
         return int((await client.get(f"{url}/instances")).text)
 
 
