@@ -50,7 +50,7 @@ def check_main(config: Config, num_processes: int) -> int:
     _check_adapter(config, found)
     _check_optimizer(config, found)
     _check_trackers(config, found)
-    _check_output_dir(config, found)
+    _check_learner(config, found)
     _check_rewards(config, row, found)
     if config.has_episodes:
         _check_episodes(config, tokenizer, found)
@@ -164,7 +164,11 @@ def _ask_vllm(architecture: str) -> str:
     code = "import sys; from rlx.rollout.vllm_lora import takes_adapters; print(takes_adapters(sys.argv[1]))"
     try:
         done = subprocess.run(
-            [sys.executable, "-c", code, architecture], capture_output=True, text=True, timeout=_VLLM_S, check=False
+            [sys.executable, "-P", "-c", code, architecture],
+            capture_output=True,
+            text=True,
+            timeout=_VLLM_S,
+            check=False,
         )
     except subprocess.TimeoutExpired:
         return ""
@@ -191,13 +195,14 @@ def _check_trackers(config: Config, found: _Findings) -> None:
         found.errors.append(error)
 
 
-def _check_output_dir(config: Config, found: _Findings) -> None:
-    from rlx.learner.launch import check_output_dir
+def _check_learner(config: Config, found: _Findings) -> None:
+    from rlx.learner.launch import check_attention, check_output_dir
 
-    try:
-        check_output_dir(config)
-    except ConfigError as error:
-        found.errors.append(error)
+    for check in (check_attention, check_output_dir):
+        try:
+            check(config)
+        except ConfigError as error:
+            found.errors.append(error)
 
 
 def _check_transform_names(config: Config, found: _Findings) -> None:

@@ -25,11 +25,11 @@ from rlx.cluster.progress import EVENT, WARNING, say
 from rlx.config import Config
 from rlx.config.trackers import check_trackers
 from rlx.errors import DeadlineExceeded
-from rlx.learner.launch import make_output_dir, train_main
+from rlx.learner.launch import check_attention, make_output_dir, train_main
 from rlx.learner.watch.live import SERVICE_LOG
-from rlx.processes import die_with_parent, kill_tree, stop_process
+from rlx.processes import PYTHON_MODULE, die_with_parent, kill_tree, stop_process
 
-RLX = (sys.executable, "-u", "-m", "rlx.cli")
+RLX = (*PYTHON_MODULE, "rlx.cli")
 _POLL_S = 0.1
 _RAY_START_S = 180.0
 _LEARNER_GRACE_S = 60.0
@@ -42,6 +42,7 @@ def run_main(config: Config, overrides: list[str], num_processes: int, *, progra
         say("replay: the learner alone, no service is started")
         return train_main(config, overrides, num_processes)
     check_trackers(config, config.path)
+    check_attention(config)
     make_output_dir(config)
     say_when_ready = f"starting the learner: {num_processes} process{'es' if num_processes > 1 else ''}"
     learner = ("train", str(config.path), "--num-processes", str(num_processes))

@@ -16,7 +16,7 @@ import select
 import subprocess
 import sys
 
-from rlx.processes import alive, descendants, end_processes
+from rlx.processes import PYTHON_MODULE, alive, descendants, end_processes
 
 _INTERVAL_S = 1.0
 _GRACE_S = 2.0
@@ -24,7 +24,7 @@ _GRACE_S = 2.0
 
 def guard() -> subprocess.Popen[bytes]:
     """Start a watchdog over this process. It ends by itself, after its ward."""
-    command = [sys.executable, "-m", "rlx.cluster.watchdog", str(os.getpid())]
+    command = [*PYTHON_MODULE, "rlx.cluster.watchdog", str(os.getpid())]
     return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
 
 

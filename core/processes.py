@@ -15,6 +15,8 @@ from rlx.errors import ServiceError
 
 LOG_BYTES = 10 * 2**20
 """About so much is kept of what a process of the user's code prints."""
+PYTHON_MODULE = (sys.executable, "-u", "-P", "-m")
+"""Runs a module of rlx in a process of its own; -P: a user's `datasets.py` in the current folder shadows no library."""
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True)  # loaded here: a `preexec_fn` must not import anything
 

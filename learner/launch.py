@@ -13,6 +13,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,7 +25,7 @@ from rlx.imports import loading
 from rlx.learner.policy.kept import newest
 from rlx.learner.watch.live import SERVICE_LOG
 from rlx.learner.watch.records import append_event, event_record
-from rlx.processes import start_of
+from rlx.processes import PYTHON_MODULE, start_of
 
 _SCRATCH = "rlx-learner-"
 
@@ -50,6 +51,7 @@ def train_main(config: Config, overrides: list[str], num_processes: int) -> int:
     # What can be wrong without loading anything belongs here: said once, before anything is started.
     make_plan(config, num_processes)
     check_trackers(config, config.path)
+    check_attention(config)
     make_output_dir(config)
     check_in_reach(config, "base_model")
     threads = max(1, (os.cpu_count() or 1) // num_processes)
@@ -61,7 +63,7 @@ def train_main(config: Config, overrides: list[str], num_processes: int) -> int:
 
     for module in ("agent.server.api", "multiprocessing.api"):  # each has set a level of its own
         logging.getLogger(f"torch.distributed.elastic.{module}").setLevel(logging.CRITICAL)
-    arguments = ["-u", "-m", "rlx.learner.process", str(num_processes), str(config.path), *overrides]
+    python, *arguments = [*PYTHON_MODULE, "rlx.learner.process", str(num_processes), str(config.path), *overrides]
     _remove_left_behind()
     try:
         with tempfile.TemporaryDirectory(prefix=f"{_SCRATCH}{os.getpid()}-") as logs:
@@ -76,7 +78,7 @@ def train_main(config: Config, overrides: list[str], num_processes: int) -> int:
                 monitor_interval=0.2,
                 logs_specs=DefaultLogsSpecs(logs),
             )
-            elastic_launch(launch, sys.executable)(*arguments)
+            elastic_launch(launch, python)(*arguments)
     except ChildFailedError as error:
         _give_terminal_back()
         failure = first_cause(error.failures.values())
@@ -92,6 +94,19 @@ def train_main(config: Config, overrides: list[str], num_processes: int) -> int:
         _write_down(config, message, stopped=True)
         return 128 + stopped.sigval
     return 0
+
+
+def check_attention(config: Config) -> None:
+    """Raises ConfigError where the attention that is asked for is not installed."""
+    package = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}.get(
+        config.attention or ""
+    )
+    if package is not None and not any(find_spec(name) for name in (package, "kernels")):
+        key = "attn_implementation" if config.attn_implementation else "flash_attention"
+        raise ConfigError(
+            f"{config.path}: {key}: {config.attention} needs the package {package}, which is not installed, and a GPU. "
+            "Remove the key, and transformers' own attention is used."
+        )
 
 
 def check_output_dir(config: Config) -> None:

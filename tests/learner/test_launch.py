@@ -96,6 +96,22 @@ def test_an_output_dir_is_made_by_a_run_and_not_by_a_check(tmp_path):
     assert not list((tmp_path / "a" / "b").iterdir())
 
 
+def test_attention_that_is_not_installed_is_told_before_anything_starts(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "find_spec", lambda name: None)
+    launch.check_attention(configured(tmp_path))
+    with pytest.raises(
+        ConfigError, match=r"flash_attention: flash_attention_2 needs the package flash_attn, which is not"
+    ):
+        launch.check_attention(configured(tmp_path, "flash_attention: true\n"))
+    asked = configured(tmp_path, "attn_implementation: flash_attention_3\n")
+    with pytest.raises(
+        ConfigError, match=r"attn_implementation: flash_attention_3 needs the package flash_attn_interface"
+    ):
+        launch.check_attention(asked)
+    monkeypatch.setattr(launch, "find_spec", lambda name: name == "flash_attn_interface")
+    launch.check_attention(asked)
+
+
 def test_a_stopped_run_says_what_it_kept_and_how_to_go_on(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = configured(tmp_path)
