@@ -79,6 +79,8 @@ class FakeServer:
             process_request=self._http,
             compression=None,
             max_size=None,
+            open_timeout=None,  # a busy machine may take longer than any
+            ping_interval=None,
             close_timeout=0.1,
         ) as server:
             self.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
