@@ -18,7 +18,7 @@ import ray
 from rlx.cluster import watchdog
 from rlx.cluster.packed import Packed, pack, unpack_request
 from rlx.errors import ServiceUnavailable
-from rlx.processes import alive, start_of, write_output_to
+from rlx.processes import alive, import_nothing_from_here, start_of, write_output_to
 from rlx.rollout.engine import Engine
 from rlx.rollout.engine_worker import EngineWorker
 from rlx.rollout.gateway import quiet_collector
@@ -54,6 +54,7 @@ class RolloutActor:
         self._worker: EngineWorker | None = None
         self._endpoint: DirectEndpoint | None = None
         write_output_to(Path(log))
+        import_nothing_from_here()
         watchdog_pid = watchdog.guard().pid
         context = ray.get_runtime_context()
         self._place = Place(

@@ -21,6 +21,13 @@ _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True)  # loaded here: a `preexec_fn` must not import anything
 
 
+def import_nothing_from_here() -> None:
+    """Takes the current folder off `sys.path`, where Ray puts that of the command first: with -P for a process that
+    Ray started. Processes that this one spawns have the same path."""
+    here = os.getcwd()
+    sys.path[:] = [entry for entry in sys.path if entry and os.path.abspath(entry) != here]
+
+
 def die_with_parent(signal_number: int = signal.SIGKILL) -> None:
     """Have the kernel send this process `signal_number` when its parent ends. Usable as a `preexec_fn`.
 

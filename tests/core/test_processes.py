@@ -10,7 +10,14 @@ import time
 import pytest
 
 from rlx.errors import ServiceError
-from rlx.processes import PYTHON_MODULE, alive, descendants, end_processes, free_port, stop_process
+from rlx.processes import (
+    PYTHON_MODULE,
+    alive,
+    descendants,
+    end_processes,
+    free_port,
+    stop_process,
+)
 
 SLEEPER = "import time; print('up', flush=True); time.sleep(60)"
 DEAF = "import signal; signal.signal(15, signal.SIG_IGN); " + SLEEPER
@@ -43,6 +50,9 @@ def test_the_first_free_port_skips_those_in_use():
 def test_a_file_of_the_current_folder_shadows_no_module_of_a_process_of_ours(tmp_path):
     (tmp_path / "this.py").write_text("raise SystemExit(3)")
     done = subprocess.run([*PYTHON_MODULE, "this"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout[:22]) == (0, "The Zen of Python, by ")
+    code = f"import sys, rlx.processes as p; sys.path[:0] = ['', {str(tmp_path)!r}]; p.import_nothing_from_here(); import this"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout[:22]) == (0, "The Zen of Python, by ")
 
 
