@@ -233,10 +233,8 @@ class SupervisedServer:
         assert self._process is not None
         process, wait, leaks = self._process, self._interval, 0
         while True:
-            with contextlib.suppress(
-                TimeoutError
-            ):  # asyncio.wait_for would lose a cancellation at the end of the process
-                async with asyncio.timeout(wait):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(wait):  # wait_for would lose a cancellation at the end of the process
                     return f"it ended with {_status(await process.wait())}"
             shorten(self._path)
             began, fault = time.monotonic(), ""
