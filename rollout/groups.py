@@ -87,9 +87,7 @@ class GroupStore:
         self._replaced.add(replaced)
         stopped = [k for k, entry in self._entries.items() if not entry.task.done() and session_of(k) == replaced]
         for key in stopped:
-            self._stop(
-                key, SessionReplaced(f"group {key!r} was stopped: the session {session!r} took the service over")
-            )
+            self._stop(key, _session_replaced(f"group {key!r}", replaced, session))
         return stopped
 
     def cancel(self, keys: Iterable[str]) -> list[str]:
@@ -188,10 +186,14 @@ def session_of(key: str) -> str:
 def check_session(session: str, current: str, what: str) -> None:
     """Raise SessionReplaced where `what` is of another session than the current one."""
     if session != current:
-        raise SessionReplaced(
-            f"{what} is of the session {session!r}, but the service belongs to the session {current!r} now: another "
-            "learner took it over; stop one of the two, or give each a service of its own (vllm.port)"
-        )
+        raise _session_replaced(what, session, current)
+
+
+def _session_replaced(what: str, session: str, current: str) -> SessionReplaced:
+    return SessionReplaced(
+        f"{what} is of the session {session!r}, but the service belongs to the session {current!r} now: another "
+        "learner took it over; stop one of the two, or give each a service of its own (vllm.port)"
+    )
 
 
 def _cancelled(key: str) -> GroupCancelled:

@@ -379,7 +379,7 @@ async def test_a_new_session_replaces_the_old_one_and_what_it_left_behind():
         assert (await begin("new")).json()["replaced"] == ["old/1"]
         status, name, message = error_of(await waiting)
         assert (status, name) == (409, "SessionReplaced")
-        assert "'new' took the service over" in message
+        assert "the session 'new' now: another learner took it over" in message
         await eventually(lambda: engine.in_flight == 0)
         late = await post_group(http, long_group("old/2"))
         assert error_of(late)[:2] == (409, "SessionReplaced")
