@@ -19,10 +19,12 @@ ray.cloudpickle.register_pickle_by_value(fakes)  # the actors do not have this f
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """A head with one CPU, and another node with one CPU."""
+    """A head with one CPU, and another node with one CPU; workers as nice as the tests, not 15 more as Ray has it."""
     head = {"num_cpus": 1, "object_store_memory": 100 * 2**20, "include_dashboard": False}
-    cluster = patiently(lambda: Cluster(initialize_head=True, head_node_args=head))
-    patiently(lambda: cluster.add_node(num_cpus=1, object_store_memory=100 * 2**20))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_worker_niceness", "0")
+        cluster = patiently(lambda: Cluster(initialize_head=True, head_node_args=head))
+        patiently(lambda: cluster.add_node(num_cpus=1, object_store_memory=100 * 2**20))
     cluster.wait_for_nodes(PATIENCE_S)
     yield cluster
     cluster.shutdown()

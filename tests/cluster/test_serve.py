@@ -202,6 +202,8 @@ def test_sigterm_drains_and_leaves_no_process_no_port_and_no_ray(running):
     ]
     below = descendants(running.process.pid)
     assert len(below) > 5
+    [worker] = httpx.get(f"{running.url}/v1/workers", timeout=60).json()["workers"]
+    assert os.getpriority(os.PRIO_PROCESS, worker["pid"]) == os.getpriority(os.PRIO_PROCESS, 0), "engines do not starve"
     open_files = [Path(os.readlink(fd)) for fd in Path(f"/proc/{running.process.pid}/fd").iterdir()]
     [temp_dir] = {path for path in open_files if path.name.startswith("rlx-ray-")}
     assert (temp_dir / "session_latest").exists()
