@@ -22,7 +22,7 @@ from urllib.parse import quote
 import aiohttp
 import numpy as np
 
-from rlx.errors import ServiceError, ServiceUnavailable
+from rlx.errors import DeadlineExceeded, ServiceError, ServiceUnavailable
 from rlx.frame import CONTENT_TYPE, decode_frame, encode_frame
 from rlx.rollout.deadline import deadline
 from rlx.rollout.direct_client import DirectRollouts
@@ -124,13 +124,16 @@ class RolloutClient:
 
     def wait_until_ready(self, timeout_s: float, on_wait: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
         """Wait until it has loaded and some worker works, or would with other weights; `on_wait` hears what is waited
-        for, twice a second. Returns /health."""
+        for, twice a second. One that answers late is waited for as well. Returns /health."""
         end = time.monotonic() + timeout_s
         while True:
-            status, body = self._try_health(min(self._timeouts.call_s, max(end - time.monotonic(), 1.0)))
+            try:
+                status, body = self._try_health(self._timeouts.call_s)
+                waiting_for = _waiting_for(self.base_url, status, body)
+            except DeadlineExceeded as error:
+                status, body, waiting_for = "late", {}, str(error)
             if status in ("ok", "degraded", "unverified"):
                 return body
-            waiting_for = _waiting_for(self.base_url, status, body)
             if status == "failed":
                 raise ServiceUnavailable(waiting_for)
             if time.monotonic() >= end:

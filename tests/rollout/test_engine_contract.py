@@ -90,7 +90,7 @@ async def test_completions_have_one_logprob_and_one_version_a_token(subject: Sub
         assert c.versions == ((subject.engine.weight_version(), c.ids.size),)
         assert c.finish_reason == ("length" if c.ids.size == 20 else "stop")
     assert len({c.ids.tobytes() for c in completions}) == 4, "the completions of a group are independent samples"
-    assert subject.engine.seconds_since_token() < 5
+    assert subject.engine.seconds_since_token() < 60
 
 
 async def test_reported_logprobs_are_those_of_the_sampled_tokens(subject: Subject) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import AsyncExitStack
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from faulty_workers import virtually
 from service_parts import QUICK, LocalWorker, eventually, group
 
 from rlx.errors import ServiceUnavailable
+from rlx.rollout import fake_engine
 from rlx.rollout import router as router_module
 from rlx.rollout.engine_worker import EngineWorker
 from rlx.rollout.fake_engine import FakeEngine
@@ -35,8 +38,10 @@ def ready_fleet(*workers):
 
 
 def set_limit(router, sequences):
+    """For good: whatever the polls find, which come when they can."""
     for member in router._fleet.members:
-        router.limit(member).sequences = sequences
+        limit = router.limit(member)
+        limit.sequences, limit.learn = sequences, lambda load, in_flight: None
 
 
 async def hold(router, stack, key, n):
@@ -88,7 +93,6 @@ async def run_groups(engine, limit):
     fleet = ready_fleet(EngineWorker("w", engine))
     router = Router(fleet)
     if limit is not None:
-        router.limit(fleet.members[0]).learn = lambda load, in_flight: None
         set_limit(router, limit)
 
     async def one(i):
@@ -101,16 +105,17 @@ async def run_groups(engine, limit):
     return engine.load().preemptions
 
 
-async def test_the_limit_spares_an_engine_with_a_small_cache_most_preemptions():
-    def engine():
-        # 20 sequences fit at their full length of 48 tokens
-        return FakeEngine(seconds_per_token=0.002, length_of=lambda *_: 40, kv_tokens=960)
+def test_the_limit_spares_an_engine_with_a_small_cache_most_preemptions(monkeypatch):
+    clock = SimpleNamespace(monotonic=lambda: asyncio.get_running_loop().time())
+    monkeypatch.setattr(fake_engine, "time", clock)
 
-    counts = []
-    for limit in (10_000, None):
-        fake = engine()
-        await fake.start()
-        counts.append(await run_groups(fake, limit))
+    async def preemptions(limit):
+        # 20 sequences fit at their full length of 48 tokens
+        engine = FakeEngine(seconds_per_token=0.002, length_of=lambda *_: 40, kv_tokens=960)
+        await engine.start()
+        return await run_groups(engine, limit)
+
+    counts = [virtually(preemptions(limit)) for limit in (10_000, None)]
     assert counts[0] > 40
     assert counts[1] < counts[0] / 2
 
@@ -198,16 +203,16 @@ async def test_waiting_groups_go_to_a_worker_that_comes_back_and_fail_at_once_wh
         await eventually(lambda: router.waiting == 1)
         for event in ("restart", "loaded", "caught_up", "verified"):
             fleet.move(member, event)
-        assert (await asyncio.wait_for(waiting, 5)) is member
+        assert (await asyncio.wait_for(waiting, 60)) is member
         set_limit(router, 2)
         full = asyncio.create_task(hold(router, stack, "h", 2))
         await eventually(lambda: router.waiting == 1)
         fleet.mark_down(member, "killed again")
         fleet.move(member, "give_up")
         with pytest.raises(ServiceUnavailable, match="killed again"):
-            await asyncio.wait_for(full, 5)
+            await asyncio.wait_for(full, 60)
         with pytest.raises(ServiceUnavailable, match="killed again"):
-            await asyncio.wait_for(router.place(1, 1), 5)
+            await asyncio.wait_for(router.place(1, 1), 60)
     await router.close()
 
 
