@@ -246,7 +246,7 @@ class Courier:
         self._on_lost(cause)
         end = began + 2 * self._waits.service_s
         while True:
-            if self._closed.wait(_PAUSE_S) or time.monotonic() > end:
+            if self._closed.wait(_PAUSE_S):
                 raise cause
             instance = str(self._client.wait_until_ready(self._waits.service_s, self._on_wait)["instance"])
             if instance == self._instance:
@@ -254,8 +254,9 @@ class Courier:
             try:
                 instance = str(self._client.begin_session(self._session)["instance"])
                 break
-            except ServiceUnavailable as error:
-                cause = error
+            except ServiceUnavailable:
+                if time.monotonic() > end:
+                    raise
         self._on_found(time.monotonic() - began, instance != self._instance)
         if instance != self._instance:
             self._instance, self._is_new = instance, True
