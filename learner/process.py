@@ -27,6 +27,9 @@ _PEER = re.compile(r"gloo.*(Connection (closed|reset)|Broken pipe)", re.DOTALL)
 _AFTER_RANK_ZERO_S = 30.0
 """How long another rank that failed keeps still. Mostly rank 0 failed with the same, or first: it says so and leaves,
 whereupon the launcher stops this process."""
+_STOPPED_BY_RANK_ZERO_S = 900.0
+"""How long it waits for rank 0 before that, where rank 0 has told that it failed: it ends its trackers, for minutes at
+most, before it says why."""
 
 _NO_ROOM_BYTES = 1 << 20
 
@@ -44,10 +47,15 @@ def main() -> int:
             import torch
 
             from rlx.learner.main import train
+            from rlx.learner.ranks import StoppedByRankZero
 
         loaded()
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-        train(config, num_processes)
+        try:
+            train(config, num_processes)
+        except StoppedByRankZero:
+            time.sleep(_STOPPED_BY_RANK_ZERO_S)
+            raise
         return 0
     except KeyboardInterrupt:
         return 130

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 import pytest
 
 from rlx.learner import process
+from rlx.learner.ranks import StoppedByRankZero
 
 
 @pytest.fixture
@@ -52,6 +53,17 @@ def test_a_full_disk_is_named_after_the_traceback(one_process, capsys, tmp_path,
 def test_ctrl_c_is_quiet(one_process, capsys):
     assert one_process(KeyboardInterrupt()) == 130
     assert capsys.readouterr().err == ""
+
+
+def test_another_rank_that_failed_leaves_rank_zero_the_time_to_say_why(one_process, monkeypatch):
+    slept = []
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(process, "write_output_to", lambda log: None)
+    monkeypatch.setattr(process.time, "sleep", slept.append)
+    assert one_process(RuntimeError("of this rank alone")) == 1
+    assert slept == [30]
+    assert one_process(StoppedByRankZero("rank 0 stopped the run")) == 1
+    assert sum(slept[1:]) > 600, "its trackers may take minutes to end"
 
 
 def test_peft_finds_bitsandbytes_only_where_4_bits_are_asked_for(monkeypatch):
