@@ -68,10 +68,12 @@ class Observer:
 
     def take(self, name: str, lines: list[bytes]) -> None:
         """Lines of a file of records; any thread, returns at once."""
-        if name not in _FIELDS or self._closing.is_set():
+        if name not in _FIELDS:
             return
         fitting = [line if len(line) <= _MAX_LINE else shortened(line) for line in lines if _OF_SERVICE not in line]
         with self._lock:
+            if self._closing.is_set():
+                return
             self._waiting.extend((_FIELDS[name], line) for line in fitting)
             self._size += sum(map(len, fitting))
             dropped = self._make_room()
@@ -140,8 +142,8 @@ class Observer:
     def _heard(self, answer: Mapping[str, Any]) -> None:
         """Only the first answer has events of a time before this learner; later ones count whatever the clock says."""
         known, self._after = self._heard_before, int(answer["next"])
-        found = {(event["n"], event["time"]): event for event in answer["events"] if event["time"] > self._since}
-        new = [event for number, event in found.items() if number not in known]
+        found = {(event["n"], event["time"]): event for event in answer["events"]}
+        new = [event for number, event in found.items() if number not in known and event["time"] > self._since]
         known.update(found)
         self._since = -math.inf
         if new:
