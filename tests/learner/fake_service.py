@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -33,7 +34,7 @@ from rlx.wire import Completion, GroupRequest, RewardOutcome, Sampling
 TOKEN = "a-token-of-the-tests"
 EOS = 256
 """`<|im_end|>` of the tiny tokenizer; the ids below are its bytes."""
-START_TIMEOUT_S = 30.0
+START_TIMEOUT_S = 120.0
 
 
 def place(key: str) -> str:
@@ -166,6 +167,15 @@ def serve(
         if thread.is_alive():
             served.stop()
         thread.join(START_TIMEOUT_S)
+
+
+@contextmanager
+def held_port() -> Iterator[int]:
+    """A port that nobody listens on but who is told of it: no other process gets it meanwhile."""
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", 0))
+        yield holder.getsockname()[1]
 
 
 def write_run(folder: Path, dtype: torch.dtype = torch.float32, tie: bool = True, **changes: Any) -> Path:

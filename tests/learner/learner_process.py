@@ -10,10 +10,10 @@ from pathlib import Path
 
 from fake_service import Served
 
-from rlx.processes import descendants
+from rlx.processes import alive, descendants
 
 LIMIT_S = 240.0
-GONE_S = 20.0
+GONE_S = 60.0
 """For processes that end by themselves; a busy machine takes its time to schedule them."""
 
 
@@ -29,7 +29,7 @@ def gone(processes: dict[int, int]) -> bool:
     """Whether all of `processes` end soon."""
     end = time.monotonic() + GONE_S
     while time.monotonic() < end:
-        if not any(Path(f"/proc/{pid}/cmdline").exists() for pid in processes):
+        if not any(alive(pid, started) for pid, started in processes.items()):
             return True
         time.sleep(0.05)
     return False

@@ -93,12 +93,16 @@ class Service:
     def finish(self, *tickets: str, versions: list[int] | None = None) -> None:
         for ticket in tickets:
             self.wait_for(lambda ticket=ticket: ticket in self.tickets())
-            with self.lock:
-                key = next(k for k in self.running if k.partition("/")[2] == ticket)
-                job = self.running.pop(key)
-                span = versions or sorted({job.began, self.version})
-                result = self.finished[key] = group(key, span, self.flat(key))
-            job.future.set_result(result)
+            self.finish_running(ticket, versions)
+
+    def finish_running(self, ticket: str, versions: list[int] | None = None) -> None:
+        """StopIteration where it does not run (any more)."""
+        with self.lock:
+            key = next(k for k in self.running if k.partition("/")[2] == ticket)
+            job = self.running.pop(key)
+            span = versions or sorted({job.began, self.version})
+            result = self.finished[key] = group(key, span, self.flat(key))
+        job.future.set_result(result)
 
     def fail(self, ticket: str, error: RlxError) -> None:
         with self.lock:
@@ -266,11 +270,11 @@ class RandomTraffic:
             elif self._rng.random() < self._give_back:
                 self._try(lambda t=ticket: self._service.fail(t, GroupCancelled("given back")))
             else:
-                self._try(lambda t=ticket: self._service.finish(t))
+                self._try(lambda t=ticket: self._service.finish_running(t))
 
     @staticmethod
     def _try(action: Callable[[], None]) -> None:
-        with contextlib.suppress(StopIteration, concurrent.futures.InvalidStateError):  # cancelled in between
+        with contextlib.suppress(StopIteration):  # cancelled in between
             action()
 
 

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from fake_service import serve, write_run
+from fake_service import ScriptedWorker, Served, held_port, serve, write_run
 from learner_process import LIMIT_S, gone, run, start
 
 from rlx.processes import descendants
@@ -30,13 +30,12 @@ def test_a_model_that_no_process_can_load_is_told_once(tmp_path: Path) -> None:
 
 def test_a_service_that_is_not_there_is_told_with_what_to_type(tmp_path: Path) -> None:
     path = write_run(tmp_path)
-    with serve() as served:
-        pass
-    status, out, err = run(path, served, 2, "--trl.vllm_server_timeout", "1")
+    with held_port() as port:
+        status, out, err = run(path, Served(ScriptedWorker(), port), 2, "--trl.vllm_server_timeout", "5")
     assert status == 1
-    assert f"waiting for the rollout service: nobody answers at http://127.0.0.1:{served.port}" in out
+    assert f"waiting for the rollout service: nobody answers at http://127.0.0.1:{port}" in out
     assert err == (
-        f"error: no rollout service was ready within 1 s: nobody answers at http://127.0.0.1:{served.port}; start it in "
+        f"error: no rollout service was ready within 5 s: nobody answers at http://127.0.0.1:{port}; start it in "
         "another terminal: rlx vllm-serve <cfg.yaml>\n"
     )
     assert {path.name for path in (tmp_path / "out").glob("*")} <= {"logs"}

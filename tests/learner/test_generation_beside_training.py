@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from fake_service import ScriptedWorker, config_for, lines, serve, write_run
+from fake_service import ScriptedWorker, config_for, held_port, lines, serve, write_run
 from learner_process import LIMIT_S, run, start
 from safetensors.torch import load
 from torch import nn
@@ -141,9 +141,8 @@ def test_a_service_that_is_started_anew_on_the_same_port_loses_and_doubles_nothi
     tmp_path: Path, staleness: int
 ) -> None:
     path = write_run(tmp_path, async_={"max_staleness": staleness}, test_datasets=None, **EPOCHS)
-    with ThreadPoolExecutor() as pool:
-        with serve(worker=Stuck(slow=0.3)) as first:
-            port = first.port
+    with ThreadPoolExecutor() as pool, held_port() as port:
+        with serve(worker=Stuck(slow=0.3), port=port) as first:
             training = pool.submit(train, config_for(path, first), 1)
             wait_until(lambda: len(first.generated()) >= 7)
         with serve(worker=ScriptedWorker(slow=0.3), port=port) as second:

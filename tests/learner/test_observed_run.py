@@ -35,16 +35,16 @@ def test_a_run_leaves_its_events_and_spans_and_the_gateway_shows_it(
             train(config_for(path, served), 1)
         with urllib.request.urlopen(f"http://127.0.0.1:{served.port}/metrics", timeout=30) as answer:
             exported = answer.read().decode()
-    told = [(event["kind"], event["step"]) for event in lines(out / "events.jsonl") if event["source"] == "learner"]
+    events = [event for event in lines(out / "events.jsonl") if event["source"] == "learner"]
+    told = [(event["kind"], event["step"]) for event in events]
     assert ("publish", 0) in told[: told.index(("evaluation", 0))], "the step trains beside it"
     assert ("publish", 1) in told[told.index(("evaluation", 0)) :]
     assert [event for event in told if event != ("evaluation", 0)] == [
         ("run_started", 0), ("publish", 0), ("checkpoint", 1), ("publish", 1), ("checkpoint", 2), ("publish", 2),
         ("run_failed", 3),
     ]  # fmt: skip
-    last = lines(out / "events.jsonl")[-1]
-    assert "ZeroDivisionError" in last["text"]
-    assert "traceback" not in last
+    assert "ZeroDivisionError" in events[-1]["text"]
+    assert "traceback" not in events[-1]
     spans = read_spans(out, range(2, 3))
     assert {(s.process, s.name) for s in spans} >= {
         ("learner rank 0", "forward and backward"), ("learner rank 0", "optimizer"), ("learner rank 0", "publish"),

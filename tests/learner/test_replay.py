@@ -21,7 +21,7 @@ from rlx.errors import ConfigError, DatasetError
 from rlx.learner.incoming.recording import OPEN_BATCH
 from rlx.learner.main import train
 from rlx.learner.policy.kept import CHECKPOINT_MARKER
-from rlx.processes import descendants
+from rlx.processes import descendants, end_processes
 
 pytestmark = pytest.mark.slow
 
@@ -133,14 +133,11 @@ def test_a_run_that_is_killed_while_it_writes_a_checkpoint_goes_on_to_the_same_b
     learner = start(path, NOBODY, processes, *options, str(killed))
     end = time.monotonic() + LIMIT_S
     while not (killed / "checkpoint-2").exists():
-        assert learner.poll() is None
         assert time.monotonic() < end
         time.sleep(0.001)
     left = descendants(learner.pid)
     os.killpg(learner.pid, signal.SIGKILL)
-    for pid in left:
-        if Path(f"/proc/{pid}").exists():
-            os.kill(pid, signal.SIGKILL)
+    end_processes(left, 0.0)
     learner.communicate()
     assert gone(left)
     assert not (killed / "model.safetensors").exists()

@@ -48,30 +48,6 @@ def make_courier(service: Service, publisher: Any, told: queue.SimpleQueue[Any],
     )  # fmt: skip
 
 
-def test_how_busy_the_workers_were_is_told_only_when_they_were_asked_anew():
-    service, served = Service(), queue.SimpleQueue[Served]()
-    publisher = SimpleNamespace(version=1, send=lambda packed, on_version: None)
-    courier = make_courier(service, publisher, served)
-
-    def busy(asked_s_ago: float, busy_s: float) -> float:
-        service.asked_s_ago, service.busy_s = asked_s_ago, busy_s
-        courier.publish(0, SimpleNamespace(), evaluate=False)
-        return served.get(timeout=30).worker_busy
-
-    courier.start()
-    try:
-        assert math.isnan(busy(1000, 5)), "there is nothing to compare it with"
-        courier.publish(0, SimpleNamespace(), evaluate=False)
-        assert (told := served.get(timeout=30)).running == 8
-        assert told.waiting == 5 + 16, "in the worker and before it"
-        assert busy(500, 130) == pytest.approx(0.25, rel=0.1)
-        assert math.isnan(busy(500, 130)), "nobody has asked since, which does not mean that it was idle"
-        assert busy(0, 130) == 0, "it was idle"
-        assert math.isnan(busy(-500, 3)), "another process counts from 0 again"
-    finally:
-        courier.close()
-
-
 class Clock:
     """Goes on when it is told to."""
 
@@ -88,6 +64,30 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     monkeypatch.setattr(courier_module, "time", clock)
     monkeypatch.setattr(courier_module, "_PAUSE_S", 0)
     return clock
+
+
+def test_how_busy_the_workers_were_is_told_only_when_they_were_asked_anew(clock: Clock):
+    service, served = Service(), queue.SimpleQueue[Served]()
+    publisher = SimpleNamespace(version=1, send=lambda packed, on_version: None)
+    courier = make_courier(service, publisher, served)
+
+    def busy(asked_s_ago: float, busy_s: float) -> float:
+        service.asked_s_ago, service.busy_s = asked_s_ago, busy_s
+        courier.publish(0, SimpleNamespace(), evaluate=False)
+        return served.get(timeout=60).worker_busy
+
+    courier.start()
+    try:
+        assert math.isnan(busy(1000, 5)), "there is nothing to compare it with"
+        courier.publish(0, SimpleNamespace(), evaluate=False)
+        assert (told := served.get(timeout=60)).running == 8
+        assert told.waiting == 5 + 16, "in the worker and before it"
+        assert busy(500, 130) == pytest.approx(0.25, rel=0.1)
+        assert math.isnan(busy(500, 130)), "nobody has asked since, which does not mean that it was idle"
+        assert busy(0, 130) == 0, "it was idle"
+        assert math.isnan(busy(-500, 3)), "another process counts from 0 again"
+    finally:
+        courier.close()
 
 
 def test_bringing_a_new_service_the_weights_may_take_longer_than_one_is_waited_for(clock: Clock):

@@ -197,7 +197,7 @@ def test_the_cursor_is_back_and_the_error_comes_after_the_view(how: str) -> None
         pass
     finally:
         os.close(parent)
-    assert process.wait(30) != 0
+    assert process.wait(60) != 0
     text = said.decode()
     assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1
     assert text.index("\x1b[?25h") < text.index("Traceback")

@@ -115,7 +115,7 @@ print(json.dumps([files.lost, said, between]))
 def test_a_disk_without_space_ends_nothing_is_said_once_and_leaves_whole_lines(tmp_path: Path) -> None:
     """In a process of its own, whose files may have 100 bytes: the third line is cut within, and taken back."""
     done = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, str(tmp_path)], capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", FULL_DISK, str(tmp_path)], capture_output=True, text=True, timeout=240, check=True
     )
     lost, said, between = json.loads(done.stdout)
     assert [json.loads(line)["step"] for line in between.splitlines()] == [0, 1]

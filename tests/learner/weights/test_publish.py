@@ -256,7 +256,7 @@ def test_one_update_is_on_its_way_at_a_time_and_forgetting_does_not_wait(model: 
     publisher.forget()
     go_on.set()
     for thread in threads:
-        thread.join(20)
+        thread.join(60)
     assert order == ["begins", "ends"] * 2
     assert [(version, gate) for version, _, _, gate in holder.sent] == [(1, True), (2, False), (3, True)]
 
