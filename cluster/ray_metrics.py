@@ -18,7 +18,8 @@ from rlx.series import Reading
 
 REFRESH_S = 5.0
 _SHARE = 0.01
-"""Of a core, at most: with very many workers the refreshes are farther apart"""
+"""Of a core, at most: with very many workers the refreshes are farther apart. Processor time, not the clock's: a machine
+that stood still for a moment is no reason."""
 _TIMEOUT_S = 10.0
 
 
@@ -44,20 +45,21 @@ class RayMetrics:
 
     async def _keep(self) -> None:
         while True:
-            began = time.monotonic()
             work = asyncio.create_task(asyncio.to_thread(self._refresh, list(self._read())))
             try:
                 async with asyncio.timeout(_TIMEOUT_S):
-                    await asyncio.shield(work)
+                    used_s = await asyncio.shield(work)
             except Exception as error:  # Ray's, of any kind: monitoring must not touch the service
                 told = f"no answer within {_TIMEOUT_S:g} s" if isinstance(error, TimeoutError) else error
                 self._say(f"note: Ray's metrics stand still from here on ({told}); /metrics of the gateway does not")
                 return
             finally:
                 await asyncio.wait([work], timeout=_TIMEOUT_S)  # also when cancelled: Ray ends next
-            await asyncio.sleep(max(REFRESH_S, (time.monotonic() - began) / _SHARE))
+            await asyncio.sleep(max(REFRESH_S, used_s / _SHARE))
 
-    def _refresh(self, readings: list[Reading]) -> None:
+    def _refresh(self, readings: list[Reading]) -> float:
+        """Seconds of processor time that it took."""
+        began = time.thread_time()
         for reading in readings:
             series, tags = reading.series, dict(zip(reading.series.labels, reading.labels, strict=True))
             if series.kind == "gauge":
@@ -68,6 +70,7 @@ class RayMetrics:
                 if series.name not in self._counters:
                     self._counters[series.name] = Counter(series.name, series.help, series.labels)
                 self._counters[series.name].inc(grown, tags)
+        return time.thread_time() - began
 
     def _growth(self, reading: Reading) -> float:
         """Of a counter since the last time; one that fell, as that of a worker which was restarted, began at 0."""

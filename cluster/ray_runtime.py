@@ -111,9 +111,7 @@ class RayRuntime:
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         _remove_leftovers()
-        self._temp_dir = Path(tempfile.mkdtemp(prefix=_TEMP_PREFIX, dir=_TEMP_ROOT))
-        self._lock = os.open(self._temp_dir, os.O_RDONLY)
-        fcntl.flock(self._lock, fcntl.LOCK_SH)
+        self._temp_dir, self._lock = _locked_folder()
         with _visible_gpus(layout.service_gpus):
             context = self._init(
                 address="local",
@@ -227,9 +225,12 @@ def _visible_gpus(names: tuple[str, ...]) -> Iterator[None]:
 def _remove_leftovers() -> None:
     """Remove the folders of this user's services that were killed, with Ray's logs in them: nobody holds their lock."""
     for folder in _TEMP_ROOT.glob(f"{_TEMP_PREFIX}*"):
-        if folder.stat().st_uid != os.getuid():
-            continue
-        lock = os.open(folder, os.O_RDONLY)
+        try:
+            if folder.stat().st_uid != os.getuid():
+                continue
+            lock = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:
+            continue  # its service stopped meanwhile
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(folder, ignore_errors=True)
@@ -237,6 +238,22 @@ def _remove_leftovers() -> None:
             pass
         finally:
             os.close(lock)
+
+
+def _locked_folder() -> tuple[Path, int]:
+    """A new folder for Ray, and the descriptor that holds its lock. Another one when `_remove_leftovers` of a service
+    that starts beside this one took the first before it was locked."""
+    for _ in range(10):
+        folder = Path(tempfile.mkdtemp(prefix=_TEMP_PREFIX, dir=_TEMP_ROOT))
+        try:
+            lock = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:
+            continue
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        if folder.is_dir():
+            return folder, lock
+        os.close(lock)
+    raise ServiceError(f"Ray's folders in {_TEMP_ROOT} are removed as soon as they are made; who does that?")
 
 
 def _first_line(error: BaseException) -> str:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
+import os
 import re
+import shutil
 import stat
 from collections import defaultdict
 from contextlib import nullcontext
@@ -169,6 +172,33 @@ def test_a_ray_whose_processes_are_late_is_started_once_more(errors, message, at
     assert events == (["init", "shutdown"] * attempts)[: 2 * attempts if message else -1]
 
 
+def test_services_that_start_and_stop_beside_each_other_do_not_take_each_others_folders(tmp_path, monkeypatch):
+    monkeypatch.setattr(ray_runtime, "_TEMP_ROOT", tmp_path)
+    (tmp_path / "rlx-ray-stopped-meanwhile").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "rlx-ray-killed").mkdir()
+    made = iter(["removed-at-once", "removed-while-it-waited", "stays"])
+
+    def make(prefix, dir):
+        folder = dir / f"{prefix}{next(made)}"
+        if "at-once" not in folder.name:
+            folder.mkdir()
+        return str(folder)
+
+    def lock(file, how):
+        if how == fcntl.LOCK_SH:
+            shutil.rmtree(tmp_path / "rlx-ray-removed-while-it-waited", ignore_errors=True)
+        return flock(file, how)
+
+    flock = fcntl.flock
+    monkeypatch.setattr(ray_runtime.tempfile, "mkdtemp", make)
+    monkeypatch.setattr(ray_runtime.fcntl, "flock", lock)
+    folder, held = ray_runtime._locked_folder()
+    ray_runtime._remove_leftovers()
+    os.close(held)
+    assert folder == tmp_path / "rlx-ray-stays"
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["rlx-ray-stays"]
+
+
 def test_prometheus_hears_of_rays_endpoints_from_rays_file_or_from_its_nodes(tmp_path, monkeypatch):
     session = tmp_path / "session"
     nodes = [
@@ -222,6 +252,7 @@ def fake_metric(monkeypatch):
     monkeypatch.setattr(ray_metrics, "Gauge", FakeMetric)
     monkeypatch.setattr(ray_metrics, "Counter", FakeMetric)
     monkeypatch.setattr(ray_metrics, "REFRESH_S", 0.0)
+    monkeypatch.setattr(ray_metrics, "_SHARE", 1.0)
     return FakeMetric
 
 
@@ -245,7 +276,7 @@ async def test_rays_metrics_get_gauges_as_they_are_and_counters_by_what_they_gre
 
     metrics = RayMetrics(read, print)
     metrics.start()
-    await asyncio.wait_for(done.wait(), 20)
+    await asyncio.wait_for(done.wait(), 60)
     await metrics.close()
     assert fake_metric.recorded == {
         ("rlx_weight_version",): [1, 2, 2, 2],
@@ -265,7 +296,7 @@ async def test_when_rays_metrics_fail_it_is_said_once_and_nothing_else_happens(f
     metrics = RayMetrics(read, said.append)
     metrics.start()
     assert metrics._task is not None
-    await asyncio.wait_for(metrics._task, 20)
+    await asyncio.wait_for(metrics._task, 60)
     await metrics.close()
     assert (len(asked), len(said)) == (1, 1)
     assert "no agent" in said[0]
