@@ -35,7 +35,7 @@ class _Confined:
 
     def __init__(self, log: Path, memory_gib: float):
         write_output_to(log)
-        self._pid, self._log = os.getpid(), log
+        self._pid, self._log, self._shortening = os.getpid(), log, threading.Lock()
         if os.getpgrp() != self._pid:
             os.setpgid(0, 0)
         watchdog.guard()
@@ -57,12 +57,17 @@ class _Confined:
             signal.setitimer(signal.ITIMER_REAL, 0)
             if in_main_thread:
                 signal.signal(signal.SIGALRM, handler)
-            shorten(self._log)
+            self._shorten()
 
     def _keep_log_short(self) -> None:
         """For a call that prints without end; ends with the process."""
         while True:
             time.sleep(_LOOK_INTERVAL_S)
+            self._shorten()
+
+    def _shorten(self) -> None:
+        """One thread at a time: two would each write what both have kept, or what the other has just cut off."""
+        with self._shortening:
             shorten(self._log)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import ray
 
 from rlx.config import Config, load_config
 from rlx.errors import ModelError, ServiceError
@@ -119,9 +120,14 @@ def misbehaves(completions, log_metric, **kwargs):
     elif what == "10 GB":
         bytearray(10 * 2**30)
     elif what == "100 MB":
-        for _ in range(100):
+        for _ in range(88):
             print("x" * 2**20)
-        os.system("echo from a child")
+        size = -1
+        while os.fstat(1).st_size != size:  # what is written at the moment at which the log is shortened may get lost
+            size = os.fstat(1).st_size + 12 * (2**20 + 1) + len("from a child\\n")
+            for _ in range(12):
+                print("x" * 2**20, flush=True)
+            os.system("echo from a child")
     elif what == "prints without end":
         while True:
             print("x" * 2**20)
@@ -140,6 +146,13 @@ def patiently(start: Callable[[], T]) -> T:
     except Exception:  # a bare one: the node timed out
         end_processes({pid: since for pid, since in descendants(os.getpid()).items() if pid not in before}, 0.0)
     return start()
+
+
+async def no_cpu_is_free() -> None:
+    """Until Ray's head knows it: it hears of what its nodes have given away a moment later."""
+    async with asyncio.timeout(PATIENCE_S):
+        while ray.available_resources().get("CPU"):  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
 
 
 def seen_by_watchdog(ward: int) -> None:

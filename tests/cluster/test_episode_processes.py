@@ -123,7 +123,7 @@ async def test_when_one_process_cannot_start_those_that_still_do_end_with_the_cl
 
     episodes = episodes_of(tmp_path, 2)
     actors.methods |= {("rlx-episodes-0", "load"): loads, ("rlx-episodes-1", "load"): refuses}
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         with pytest.raises(UserCodeError, match="no such function"):
             await episodes.start()
         await episodes.close()
@@ -166,7 +166,7 @@ async def test_servers_are_closed_also_when_the_closing_of_processes_is_cancelle
     actors.methods["close"] = hangs
     episodes._servers = SimpleNamespace(close=close)  # type: ignore[assignment]
     closing = asyncio.create_task(episodes.close())
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         await asked.wait()
         closing.cancel()
         with pytest.raises(asyncio.CancelledError):

@@ -210,7 +210,8 @@ def test_a_check_loads_no_model_and_calls_nobody_but_tells_what_cannot_be_one(tm
 @pytest.mark.usefixtures("runtime")
 async def test_every_reward_is_scored_to_the_end_whatever_the_others_do(tmp_path):
     names = ("good", "hangs_on_nothing", "dies_of_long", "fails_on_nothing", "wants_gold", "missing")
-    config = config_with(tmp_path, ", ".join(f"mine.{name}" for name in names), more="rewards: {timeout: 4}\n")
+    limits = "rewards: {timeout: 60, functions: {mine.hangs_on_nothing: {timeout: 6}}}\n"
+    config = config_with(tmp_path, ", ".join(f"mine.{name}" for name in names), more=limits)
     scores = dict(zip(names, await score_all(config, trivial_cases(config, 2, None)), strict=True))
     assert scores["good"].values(ANSWER) == [1.0] * 4
     assert scores["good"].values(EMPTY) == scores["good"].values(LONG) == [0.0] * 4
