@@ -31,8 +31,9 @@ class Loading(Protocol):
 
 
 def say(line: str) -> None:
-    """Print one line now, also into a pipe."""
-    print(line, flush=True)
+    """Print one line now, also into a pipe; at once, as other processes print to the same terminal."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
 
 
 @asynccontextmanager

@@ -82,7 +82,7 @@ class _Run:
         self._ready = threading.Event()
         self._last_lines: list[str] = []
         self._interrupted, self._passed_on = 0, False
-        self._learner_shows_service = False
+        self._learner_shows_service = self._is_over = False
         self._give_up_at = float("inf")
         self._learner: subprocess.Popen[bytes] | None = None
         self._service: subprocess.Popen[bytes] | None = None
@@ -103,6 +103,7 @@ class _Run:
         self._pass_on()
         while self._learner.poll() is None and service.poll() is None and time.monotonic() < self._give_up_at:
             time.sleep(_POLL_S)
+        self._is_over = True
         if self._learner.poll() not in (None, 0):
             time.sleep(1.0)  # a learner that failed because the service went away may be noticed first
         if (died := service.poll()) is not None and self._learner.poll() != 0:
@@ -144,14 +145,14 @@ class _Run:
 
     def _read(self, service: subprocess.Popen[bytes]) -> None:
         """Everything the service says goes to the log; to the terminal what it says until it is ready, and what of
-        its warnings and its workers."""
+        its warnings and its workers, as long as both run."""
         assert service.stdout is not None
         with self._log_path.open("w", encoding="utf-8") as log:
             for raw in service.stdout:
                 line = raw.decode(errors="replace").rstrip("\n")
                 print(line, file=log, flush=True)
                 self._last_lines = [*self._last_lines[-19:], line]
-                is_news = line.startswith((WARNING, EVENT)) and not self._learner_shows_service
+                is_news = line.startswith((WARNING, EVENT)) and not self._learner_shows_service and not self._is_over
                 if not self._ready.is_set() or is_news:
                     say(f"service: {line}")
                     if line.startswith("ready: "):

@@ -24,7 +24,8 @@ def runs(part: str) -> bool:
 
 
 def stop(number: int, _: object) -> None:
-    print(f"{part} stopped by {number}", flush=True)
+    warning = "warning: " if part == "service" else ""
+    print(f"{warning}{part} stopped by {number}", flush=True)
     sys.exit(0 if part == "service" else 128 + number)
 
 
@@ -51,4 +52,4 @@ if behaviour == "dies of the service's end":
 if behaviour == "trains":
     print("trained", flush=True)
     sys.exit(0)
-time.sleep(60)
+time.sleep(600)
