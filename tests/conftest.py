@@ -14,6 +14,9 @@ from hypothesis import settings
 settings.register_profile("rlx", deadline=None, derandomize=True)  # on a busy machine, too, and with the same examples
 settings.load_profile("rlx")
 
+for _name in ("FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS", "TTY_COMPATIBLE", "COLUMNS", "TERMINAL_WIDTH"):
+    os.environ.pop(_name, None)  # have what goes into a pipe look as in some terminal
+
 _ENGINES = ("test_engine_contract", "test_vllm_engine", "test_vllm_lora", "test_vllm_weights")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,7 @@ YAML = "base_model: some/model\nrl: grpo\ndatasets:\n  - path: some/data\n"
 
 def rlx(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "rlx.cli", *arguments], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-m", "rlx.cli", *arguments], capture_output=True, text=True, timeout=300, check=False
     )
 
 
@@ -31,7 +30,7 @@ def imported_by(*arguments: str) -> set[str]:
         "except SystemExit: pass\n"
         f"print('LOADED', [m for m in {HEAVY!r} if m in sys.modules])\n"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
     return {name for name in HEAVY if f"'{name}'" in result.stdout.split("LOADED ")[1]}
 
 
@@ -51,14 +50,14 @@ def test_every_command_has_help_that_names_the_overrides(command):
 def test_help_and_a_config_error_load_nothing_heavy(tmp_path: Path):
     (tmp_path / "bad.yaml").write_text(YAML + "trl:\n  bta: 1\n")
     assert imported_by("--help") == set()
-    assert imported_by("train", str(tmp_path / "bad.yaml")) == set()
+    for command in ("check", "vllm-serve", "train", "run"):
+        assert imported_by(command, str(tmp_path / "bad.yaml")) == set()
     (tmp_path / "samples.jsonl").write_text('{"step": 1, "prompt": "2+2="}\n')
     assert imported_by("samples", str(tmp_path)) == set()
 
 
 def test_a_config_error_is_one_message_and_exit_code_two(tmp_path: Path):
     (tmp_path / "bad.yaml").write_text(YAML + "trl:\n  bta: 1\n")
-    began = time.perf_counter()
     for command in ("check", "vllm-serve", "train", "run"):
         result = rlx(command, str(tmp_path / "bad.yaml"))
         assert result.returncode == 2
@@ -66,7 +65,6 @@ def test_a_config_error_is_one_message_and_exit_code_two(tmp_path: Path):
         assert result.stderr == (
             f"error: {tmp_path}/bad.yaml, line 6: unknown key 'trl.bta'. Did you mean 'trl.beta'?\n"
         )
-    assert time.perf_counter() - began < 30
 
 
 def test_a_missing_file_is_one_message():
