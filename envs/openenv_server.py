@@ -37,6 +37,8 @@ _PORTS = range(20_000, 30_000)
 """Below those that the kernel gives to outgoing connections, so that a port stays free over a restart."""
 _GRACE_S = 3.0
 _POLL_S = 0.2
+_END_S = 2.0
+"""Seconds that the end of a process may be heard of later than that of its connections."""
 _LOG_LINES = 20
 _LEAK_SIGHTINGS = 2
 _LEAK_LOOKS, _LEAK_LOOK_S = 3, 0.5
@@ -166,7 +168,7 @@ class SupervisedServer:
             if process.returncode is not None:
                 raise self._not_ready(f"it ended with {_status(process.returncode)} before it was ready")
             try:
-                await try_session(self._address, {**self._settings.reset, "seed": 0}, left)
+                await try_session(self._address, {**self._settings.reset, "seed": 0}, max(left, _POLL_S))
                 return
             except Full:  # of episodes that waited for it to come back
                 return
@@ -251,6 +253,9 @@ class SupervisedServer:
                 _log.warning("%s", error)
             except EnvLost as error:
                 fault = str(error)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_END_S):
+                        await process.wait()
             if fault and process.returncode is None:
                 return fault
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import time
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 from env_parts import Policy, chat_of, group, runner_of
-from openenv_parts import config_with, instances, real_command, real_server, until_instances
+from openenv_parts import config_with, real_command, real_server, until_instances
 
 from rlx.envs.errors import ActionError, EnvLost
 from rlx.envs.openenv import OpenEnvs, Session
@@ -72,7 +73,7 @@ async def test_32_sessions_at_a_time_with_every_fault_leave_none_behind(tmp_path
             return "step_raises"
         if ctx.index == 1 and ctx.attempt == 0:
             return "step_dies"
-        if ctx.index < 6 and ctx.attempt < 2:
+        if ctx.index < 6 and ctx.attempt == 0:  # once, as the end of the server may cost it another attempt
             return ("step_raises", "step_hangs", "reset_hangs", "reset_raises")[ctx.index - 2]
         return "close_hangs" if ctx.index == 6 else None
 
@@ -94,7 +95,7 @@ async def test_a_run_that_is_cancelled_leaves_no_session(tmp_path: Path) -> None
         runner = runner_of(guesser(), environments=environments, timeout=120.0)
         run = asyncio.create_task(runner.run(said, group(n=32)))
         await said.asked(32)
-        assert await instances(servers.urls["guess"]) == 32
+        await until_instances(servers.urls["guess"], 32)
         run.cancel()
         await asyncio.wait({run})
         await until_instances(servers.urls["guess"], 0)
@@ -118,7 +119,8 @@ async def test_eight_episodes_take_turns_at_the_one_session_of_a_server(tmp_path
 
 @pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGSTOP])
 async def test_episodes_begin_anew_on_a_server_that_was_restarted(tmp_path: Path, signal_number: int) -> None:
-    async with supervised(tmp_path, 8, reset_timeout=6.0, step_timeout=6.0) as (servers, environments):
+    timeouts = {"reset_timeout": 6.0, "step_timeout": 6.0} if signal_number == signal.SIGSTOP else {}
+    async with supervised(tmp_path, 8, **timeouts) as (servers, environments):
         said = policy()
         said.gate.clear()
         run = asyncio.create_task(runner_of(guesser(), environments=environments, timeout=120.0).run(said, group(n=8)))
@@ -133,12 +135,18 @@ async def test_episodes_begin_anew_on_a_server_that_was_restarted(tmp_path: Path
 
 
 async def test_a_slot_that_hangs_for_ever_is_won_back(tmp_path: Path) -> None:
-    async with supervised(tmp_path, 1, step_timeout=3.0) as (servers, environments):
-        session = await opened(environments, fault="step_hangs", hang_s=1000.0)
+    async with supervised(tmp_path, 1) as (servers, environments):
+        section = {**SETTINGS, "command": real_command(1), "step_timeout": 3.0}
+        hasty = OpenEnvs(config_with({"name": "guess", "openenv": section}, folder=tmp_path), servers.urls)
+        session = await opened(hasty, fault="step_hangs", hang_s=1000.0)
         with pytest.raises(EnvLost, match="a step was not answered within 3 s"):
             await session.step(guess=7)
         await session.close()
-        session = await opened(environments)
+        session = None
+        async with asyncio.timeout(200):
+            while session is None:
+                with contextlib.suppress(EnvLost):  # the server may be ended between the connection and the reset
+                    session = await opened(environments)
         assert (await session.step(guess=7)).done
         assert servers._servers["guess"].restarts == 1
 

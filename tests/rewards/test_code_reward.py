@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,11 +19,19 @@ import pytest
 from rlx.errors import ServiceError, UserCodeError
 from rlx.processes import descendants
 from rlx.rewards import code as code_reward
-from rlx.rewards.code import CodeResult, all_or_nothing, extract_code, grade, reward, run_python
+from rlx.rewards.code import CodeResult, all_or_nothing, extract_code, grade, reward
 from rlx.rewards.scoring import ScoreRequest, load_reward, score_group
 
 DOUBLE = "def double(x):\n    return 2 * x\n"
 ASSERTS = ["assert double(2) == 4", "assert double(0) == 0", "assert double('a') == 'aa'", "assert double(1) == 3"]
+
+run_python = partial(code_reward.run_python, timeout_s=60)  # a busy machine may take longer than the 6 s of a user
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch):
+    monkeypatch.setattr(code_reward, "run_python", run_python)
+    monkeypatch.setattr(code_reward, "_GRACE_S", 120)
 
 
 @pytest.fixture(autouse=True)
@@ -98,14 +107,23 @@ def test_replacing_exec_changes_nothing():
     assert run_python(code, ["assert False"]).passed == 0
 
 
+def until_it_passed_one(code: str, tests: list) -> CodeResult:
+    """Of a program that never ends: with more time where a busy machine does not come to its first test in 2 s."""
+    for timeout_s in (2, 10, 60):
+        result = run_python(code, tests, timeout_s=timeout_s)
+        if result.passed:
+            break
+    return result
+
+
 def test_an_infinite_loop_is_killed_at_the_deadline_and_what_passed_before_counts():
-    result = run_python("def f(x):\n    while x: pass\n", ["f(0)", "f(1)", "f(0)"], timeout_s=2)
+    result = until_it_passed_one("def f(x):\n    while x: pass\n", ["f(0)", "f(1)", "f(0)"])
     assert (result.status, result.passed, result.total) == ("timeout", 1, 3)
 
 
 def test_a_deadline_holds_for_all_inputs_of_a_program():
     pairs = [{"input": "", "output": ""}, {"input": "x", "output": ""}, {"input": "", "output": ""}]
-    result = run_python("import sys\nwhile sys.stdin.read(): sys.stdin.seek(0)\n", pairs, timeout_s=2)
+    result = until_it_passed_one("import sys\nwhile sys.stdin.read(): sys.stdin.seek(0)\n", pairs)
     assert (result.status, result.passed, result.total) == ("timeout", 1, 3)
 
 
@@ -202,14 +220,12 @@ def test_the_network_is_out_of_reach():
         assert result.status == "error"
         assert not connected.is_set()
         server.shutdown(socket.SHUT_RDWR)
-        thread.join(5)
+        thread.join(60)
 
 
 def test_only_the_standard_library_can_be_imported_unless_packages_are_let_in():
     assert run_python("import numpy", ["assert True"]).status == "error"
-    result = run_python(
-        "import numpy", ["assert numpy.ones(2).sum() == 2"], packages=True, memory_mib=2048, timeout_s=30
-    )
+    result = run_python("import numpy", ["assert numpy.ones(2).sum() == 2"], packages=True, memory_mib=2048)
     assert result.status == "passed", result.output
 
 
@@ -269,14 +285,14 @@ def as_ordinary_user(code: str, tests: list[str], namespaces: bool) -> tuple[dic
     """The sandbox started by a user who is not root."""
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o777)
-        spec = {"code": code, "jobs": [{"tests": tests}], "timeout_s": 10, "memory_mib": 512, "disk_mib": 16,
+        spec = {"code": code, "jobs": [{"tests": tests}], "timeout_s": 60, "memory_mib": 512, "disk_mib": 16,
                 "processes": 16, "homes": [], "python": [], "output_bytes": 1000,
                 "namespaces": namespaces, "parent": os.getpid()}  # fmt: skip
         source = Path(folder) / "sandbox.py"
         source.write_text(code_reward._SANDBOX.read_text())
         done = subprocess.run(
             [sys.executable, "-I", "-S", "-c", AS_OTHER_USER, str(source)],
-            input=json.dumps(spec).encode(), capture_output=True, timeout=60, cwd="/", check=False,
+            input=json.dumps(spec).encode(), capture_output=True, timeout=180, cwd="/", check=False,
         )  # fmt: skip
     assert done.returncode == 0, done.stderr.decode()
     contained, result = [json.loads(line) for line in done.stdout.splitlines()]

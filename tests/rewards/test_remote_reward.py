@@ -62,6 +62,7 @@ class _Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch) -> Iterator[_Scorer]:
     monkeypatch.setattr(remote, "_FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(remote, "_CONNECT_TIMEOUT_S", 60.0)
     monkeypatch.delenv(remote.TOKEN_VARIABLE, raising=False)
     with _Scorer() as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
@@ -151,10 +152,12 @@ def test_an_answer_of_a_wrong_shape_is_told(server, tmp_path, body, message):
 
 def test_nobody_at_the_address_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(remote, "_FIRST_PAUSE_S", 0.01)
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-    with pytest.raises(UserCodeError, match=rf"127.0.0.1:{port}/score failed 3 times; the last time: ConnectError"):
-        scored(f"http://127.0.0.1:{port}/score", tmp_path)
+    monkeypatch.setattr(remote, "_CONNECT_TIMEOUT_S", 60.0)
+    with socket.socket() as silent:  # it is nobody else's meanwhile
+        silent.bind(("127.0.0.1", 0))
+        port = silent.getsockname()[1]
+        with pytest.raises(UserCodeError, match=rf"127.0.0.1:{port}/score failed 3 times; the last time: ConnectError"):
+            scored(f"http://127.0.0.1:{port}/score", tmp_path)
 
 
 async def test_groups_are_scored_side_by_side(server, tmp_path):

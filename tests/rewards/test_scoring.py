@@ -5,6 +5,7 @@ import math
 import pickle
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -256,10 +257,12 @@ def test_a_worker_scores_groups_and_reports_what_each_one_logged(tmp_path):
         "  return [len(c) for c in completions]"
     )
     scoring = worker(tmp_path, source)
+    began = time.perf_counter()
     outcome, metrics = scoring.score(REQUEST)
+    took = time.perf_counter() - began
     assert (outcome.name, outcome.outcome, outcome.failed, outcome.error) == ("rewards.f", "ok", 0, "")
     assert outcome.values.tolist() == [1, 1, 4, 0]
-    assert 0 < outcome.seconds < 5
+    assert 0 < outcome.seconds <= took
     assert metrics == {"four": 4.0}
     assert scoring.score(CHAT)[1] == {}
     assert scoring.reward.key == "trl.reward_funcs[2]"
