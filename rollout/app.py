@@ -21,7 +21,7 @@ import numpy as np
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
 
-from rlx.errors import WireError
+from rlx.errors import WeightSyncError, WireError
 from rlx.frame import CONTENT_TYPE, decode_frame, encode_frame
 from rlx.rollout.group_app import GroupApp
 from rlx.rollout.http_bodies import (
@@ -160,7 +160,11 @@ def _weights(service: RolloutService) -> APIRouter:
 
     @router.put("/weights/{version:int}")
     async def receive(version: int, request: Request) -> Response:
-        transfer_s = await service.weights.receive(version, request.stream())
+        try:
+            transfer_s = await service.weights.receive(version, request.stream())
+        except WeightSyncError:  # also of an update that another learner's session has ended meanwhile
+            service.check_session(request.headers.get(SESSION_HEADER))
+            raise
         return json_response({"version": version, "transfer_s": transfer_s})
 
     @router.post("/weights/{version:int}/commit")

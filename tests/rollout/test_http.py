@@ -394,6 +394,27 @@ async def test_a_new_session_replaces_the_old_one_and_what_it_left_behind():
         assert (await http.get("/v1/workers")).json()["instance"] == service.instance
 
 
+@pytest.mark.parametrize("all_come", [True, False])
+async def test_a_session_that_begins_while_the_weights_of_another_come_is_what_that_learner_is_told(all_come):
+    service = make_service([LocalWorker()])
+    async with started(service), on_http(service) as url, client(url, headers=BEARER) as http:
+        old = {"rlx-session": "old"}
+        await http.post("/v1/session", json={"session": "old"})
+        await http.post("/v1/weights/announce", json=weights(1, b"abcd").to_json(), headers=old)
+
+        async def halves():
+            yield b"ab"
+            await eventually(lambda: service.weights._pending.receiving)
+            await http.post("/v1/session", json={"session": "new"})
+            if all_come:  # else it is told of the bytes that are missing
+                yield b"cd"
+
+        length = {"content-length": "4"} if all_come else {}
+        status, name, message = error_of(await http.put("/v1/weights/1", content=halves(), headers=old | length))
+        assert (status, name) == (409, "SessionReplaced")
+        assert "the session 'new' now: another learner took it over" in message
+
+
 async def test_a_new_session_discards_an_update_that_was_not_committed(monkeypatch, tmp_path):
     monkeypatch.setattr(weights_store, "SHARED_MEMORY", tmp_path)
     service = make_service([LocalWorker()])
