@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_service import config_for, length_reward, lines, place, serve, write_run
+from fake_service import ScriptedWorker, config_for, length_reward, lines, place, serve, write_run
 from PIL import Image
 from transformers import TrainingArguments
 
@@ -27,7 +27,7 @@ Rewards = tuple[dict[str, list[float]], dict[str, float]]
 def test_metrics_samples_and_evaluations_are_what_the_rollouts_were(tmp_path: Path, capsys) -> None:
     trl = {"log_completions": True, "num_completions_to_print": 1}
     path = write_run(tmp_path, max_steps=2, samples_per_step=100, trl=trl)
-    with serve() as served:
+    with serve(worker=ScriptedWorker(slow=0.2)) as served:
         train(config_for(path, served), 1)
     out = tmp_path / "out"
     metrics, samples, evals = (lines(out / f"{name}.jsonl") for name in ("metrics", "samples", "evals"))

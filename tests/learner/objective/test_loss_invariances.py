@@ -138,7 +138,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     for process in ranks:
         process.start()
     for process in ranks:
-        process.join(timeout=120)
+        process.join(timeout=240)
         process.kill()
         process.join()
     assert [process.exitcode for process in ranks] == [0, 0]

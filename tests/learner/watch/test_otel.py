@@ -12,6 +12,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from rlx.learner.rank_zero import wants_traces
+from rlx.learner.watch import otel as module
 from rlx.learner.watch.otel import SpanExport, otlp_exporter
 
 NOW = 1_700_000_000.0
@@ -33,6 +34,13 @@ SPANS = [
 ]
 
 
+@pytest.fixture
+def _closes_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also on a busy machine."""
+    monkeypatch.setattr(module, "_CLOSE_S", 60.0)
+
+
+@pytest.mark.usefixtures("_closes_in_time")
 def test_a_step_is_a_trace_with_its_spans_under_one_root() -> None:
     memory = InMemorySpanExporter()
     export = SpanExport("run", memory)
@@ -60,6 +68,7 @@ def test_a_step_is_a_trace_with_its_spans_under_one_root() -> None:
     assert len({s.context.span_id for s in found.values()}) == len(found)
 
 
+@pytest.mark.usefixtures("_closes_in_time")
 def test_two_runs_have_traces_of_their_own() -> None:
     ids = []
     for run in ("a", "b"):
@@ -71,6 +80,7 @@ def test_two_runs_have_traces_of_their_own() -> None:
     assert ids[0] != ids[1]
 
 
+@pytest.mark.usefixtures("_closes_in_time")
 def test_a_collector_over_http_gets_them(monkeypatch: pytest.MonkeyPatch) -> None:
     bodies: list[bytes] = []
 
