@@ -14,12 +14,14 @@ never told of it. Bodies, errors and the token are `http_bodies.py`'s.
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from rlx.errors import WeightSyncError, WireError
 from rlx.frame import CONTENT_TYPE, decode_frame, encode_frame
@@ -175,6 +177,18 @@ def _weights(service: RolloutService) -> APIRouter:
     return router
 
 
+class _Lines(StreamingResponse):
+    """Closes what it streams, also when its reader leaves while it is written to: the worker is charged until then."""
+
+    body_iterator: AsyncGenerator[str]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self.body_iterator.aclose()
+
+
 async def _of_session(service: RolloutService, request: Request, most: int | None = None) -> dict[str, Any]:
     """The JSON body; another learner may have begun its session while it came."""
     _, body = await read_body(request, most)
@@ -186,7 +200,7 @@ async def _openai(service: RolloutService, route: str, request: Request) -> Resp
     _, body = await read_body(request)
     answer = await service.openai(route, json_object(body))
     if not isinstance(answer, dict):
-        return StreamingResponse(answer, media_type="text/event-stream")
+        return _Lines(answer, media_type="text/event-stream")
     error = answer.get("error")
     code = error.get("code") if isinstance(error, dict) else None
     return json_response(answer, code if isinstance(code, int) and 400 <= code < 600 else 500 if error else 200)

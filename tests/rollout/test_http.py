@@ -253,6 +253,29 @@ async def test_a_reader_that_leaves_a_stream_frees_the_worker():
         await eventually(lambda: service.workers()[0].in_flight == 0)
 
 
+async def test_a_reader_that_leaves_while_it_is_written_to_frees_the_worker_at_once():
+    service, full = make_service([LocalWorker()]), asyncio.Event()
+    messages = iter([{"type": "http.request", "body": b'{"stream": true}'}])
+
+    async def receive():
+        if (message := next(messages, None)) is None:
+            await full.wait()
+        return message or {"type": "http.disconnect"}
+
+    async def send(message):
+        if message["type"] == "http.response.body":
+            full.set()
+            await asyncio.Event().wait()
+
+    scope = {
+        "type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"",
+        "headers": [(b"content-type", b"application/json")],
+    }  # fmt: skip
+    async with started(service):
+        await create_app(service, TOKEN, require_token_for_data=False)(scope, receive, send)
+        assert service.workers()[0].in_flight == 0
+
+
 async def test_prompt_logprobs_come_per_worker_as_a_frame_or_as_json():
     workers = [LocalWorker("a"), LocalWorker("b")]
     async with started(make_service(workers)) as service, on_http(service) as url, client(url, headers=BEARER) as http:
