@@ -48,7 +48,7 @@ async def adapted_qwen3(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterat
 
     folder = tmp_path_factory.mktemp("qwen3")
     async for engine, model in _engine(str(folder), "qwen3", tie=True, lora_rank=8):
-        sampling = Sampling(max_tokens=100, extra={"ignore_eos": True})
+        sampling = Sampling(max_tokens=300, extra={"ignore_eos": True})
         before = engine.load().generated_tokens
         task = asyncio.ensure_future(engine.generate("first", PROMPT, 2, sampling))
         while engine.load().generated_tokens < before + 10:

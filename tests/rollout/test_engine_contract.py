@@ -126,7 +126,7 @@ async def test_requests_in_flight_keep_going_over_a_swap_and_their_versions_part
 ) -> None:
     old, before = subject.engine.weight_version(), subject.engine.load().generated_tokens
     running = [
-        asyncio.ensure_future(subject.engine.generate(f"r{i}", PROMPT, n, Sampling(max_tokens=500)))
+        asyncio.ensure_future(subject.engine.generate(f"r{i}", PROMPT, n, _to_the_end(500)))
         for i, n in enumerate([1, 3])
     ]
     while subject.engine.load().generated_tokens < before + 8:
@@ -144,7 +144,7 @@ async def test_requests_in_flight_keep_going_over_a_swap_and_their_versions_part
 
 
 async def test_cancelling_a_request_aborts_it_in_the_engine(subject: Subject) -> None:
-    task = asyncio.ensure_future(subject.engine.generate("r", PROMPT, 3, Sampling(max_tokens=900)))
+    task = asyncio.ensure_future(subject.engine.generate("r", PROMPT, 3, _to_the_end(900)))
     await asyncio.sleep(0.05)
     assert not task.done()
     task.cancel()
@@ -162,7 +162,7 @@ async def test_cancelling_a_request_aborts_it_in_the_engine(subject: Subject) ->
 async def test_its_load_says_what_runs_what_was_generated_and_how_long_it_was_busy(subject: Subject) -> None:
     before = subject.engine.load()
     assert (before.running, before.waiting) == (0, 0)
-    task = asyncio.ensure_future(subject.engine.generate("r", PROMPT, 3, Sampling(max_tokens=100)))
+    task = asyncio.ensure_future(subject.engine.generate("r", PROMPT, 3, _to_the_end(400)))
     while not (during := subject.engine.load()).generated_tokens > before.generated_tokens:
         await asyncio.sleep(0.001)
         assert not task.done()
@@ -244,6 +244,11 @@ async def test_openai_routes_answer_in_openai_shape_and_stream(subject: Subject)
     assert lines[-1] == "data: [DONE]\n\n"
     unknown = await subject.engine.openai("nothing", {})
     assert unknown["error"]["code"] == 404
+
+
+def _to_the_end(tokens: int) -> Sampling:
+    """So many, also where the first one could end it."""
+    return Sampling(max_tokens=tokens, extra={"ignore_eos": True})
 
 
 def _flip_a_byte(path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 from vllm_parts import tiny_model, vllm_options
 
 from rlx.errors import ModelError, ServiceError
+from rlx.processes import alive, descendants
 from rlx.rollout.manifest import WeightManifest
 from rlx.rollout.vllm_engine import VllmEngine
 from rlx.rollout.vllm_update import join_nccl, update_over_nccl
@@ -102,7 +103,7 @@ async def test_requests_vllm_cannot_serve_are_refused_and_the_engine_lives_on(ti
 @pytest.mark.asyncio(loop_scope="session")
 async def test_stop_strings_and_regex_shape_the_text(tied_qwen2) -> None:
     engine, _ = tied_qwen2
-    group = await engine.generate("r", np.ones(4, np.int32), 4, Sampling(max_tokens=300, stop=("a",)))
+    group = await engine.generate("r", np.ones(4, np.int32), 8, Sampling(max_tokens=300, stop=("a",)))
     stopped = [c for c in group if c.finish_reason == "stop"]
     assert stopped
     assert all("a" not in c.text for c in stopped)
@@ -142,25 +143,12 @@ def test_no_process_of_vllm_survives_the_sigkill_of_its_host(tmp_path: Path) -> 
     )
     try:
         assert host.stdout.readline() == "started\n"
-        below = _descendants(host.pid)
+        below = descendants(host.pid)
         assert len(below) >= 2
     finally:
         host.send_signal(signal.SIGKILL)
         host.wait()
     deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and any(_alive(pid) for pid in below):
+    while time.monotonic() < deadline and any(alive(*process) for process in below.items()):
         time.sleep(0.05)
-    assert [pid for pid in below if _alive(pid)] == []
-
-
-def _descendants(pid: int) -> list[int]:
-    children = [int(p) for f in Path(f"/proc/{pid}/task").glob("*/children") for p in f.read_text().split()]
-    return children + [d for child in children for d in _descendants(child)]
-
-
-def _alive(pid: int) -> bool:
-    stat = Path(f"/proc/{pid}/stat")
-    try:
-        return stat.read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
+    assert [process for process in below.items() if alive(*process)] == []

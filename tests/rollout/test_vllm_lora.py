@@ -70,7 +70,7 @@ async def test_each_token_over_a_swap_of_adapters_carries_the_version_that_sampl
     first, second = (packed(model, config) for model in models)
     await publish(engine, first, tmp_path)
     before = engine.load().generated_tokens
-    sampling = Sampling(max_tokens=120, temperature=0.8, extra={"ignore_eos": True})
+    sampling = Sampling(max_tokens=400, temperature=0.8, extra={"ignore_eos": True})
     task = asyncio.ensure_future(engine.generate("r", PROMPT, 6, sampling))
     while engine.load().generated_tokens < before + 60:
         await asyncio.sleep(0.001)

@@ -38,7 +38,7 @@ async def test_each_token_of_a_sequence_over_a_swap_carries_the_version_that_sam
     train_a_little(models[2], steps=12)
     base = engine.weight_version()
     await _sync(engine, models[1], base + 1, tmp_path)
-    sampling = Sampling(max_tokens=300, temperature=0.8, extra={"ignore_eos": True})
+    sampling = Sampling(max_tokens=900, temperature=0.8, extra={"ignore_eos": True})
     before = engine.load().generated_tokens
     task = asyncio.ensure_future(engine.generate("r", PROMPT, 6, sampling))
     while engine.load().generated_tokens < before + 60:
