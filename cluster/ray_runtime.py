@@ -31,7 +31,14 @@ PLACEMENT_TIMEOUT_S = 60.0
 _TEMP_ROOT, _TEMP_PREFIX = Path("/tmp"), "rlx-ray-"
 _STOP_GRACE_S, _ASK_S = 5.0, 10.0
 # Ray starts its workers at niceness 15: beside a learner that computes, an engine would get some 4 % of a core.
-_ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_worker_niceness": "0"}
+# Where a call's connection broke, it waits so long for Ray's word that the actor is dead, and of what: 1 s is too short on
+# a busy machine, and the error then says no more than that nobody was reached.
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_worker_niceness": "0",
+    "RAY_timeout_ms_task_wait_for_death_info": "20000",
+}
 # Ray announces each time that it asks for its token (~/.ray/auth_token), which is what we want.
 logging.getLogger("ray").setLevel(logging.ERROR)
 
@@ -51,6 +58,8 @@ class RayRuntime:
     def start(self) -> None:
         """Start or join Ray. Blocks for 3 to 10 seconds. Raises ConfigError, ServiceError or ServiceUnavailable."""
         self._before = descendants(os.getpid())
+        for name, value in _ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
         address = os.environ.get("RAY_ADDRESS", "").strip()
         if address in ("", "local"):
             self._start_local()
@@ -108,8 +117,6 @@ class RayRuntime:
             )
         if cluster.dashboard:
             _check_dashboard_host(self._config)
-        for name, value in _ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
         _remove_leftovers()
         self._temp_dir, self._lock = _locked_folder()
         with _visible_gpus(layout.service_gpus):
@@ -132,13 +139,14 @@ class RayRuntime:
         (Path(self.session_dir) / "logs" / "rlx").symlink_to(ours)  # Ray's dashboard shows them with its own
 
     def _init(self, **options: Any) -> Any:
-        """Ray gives its own processes 30 s to come up, which a busy machine may exceed: then once more."""
+        """Ray gives its own processes 10 to 30 s to come up, which a busy machine may exceed; and another process may take
+        a port that it has chosen. Then once more."""
         for is_last in (False, True):
             try:
                 return ray.init(**options)
-            except Exception as error:  # a bare one when its processes are late
+            except Exception as error:  # a bare one, a RuntimeError or a TimeoutError when its processes are late
                 self._shutdown()
-                if is_last or isinstance(error, RuntimeError | OSError | ValueError):
+                if is_last or isinstance(error, ValueError):
                     logs = f"{self._temp_dir}/session_latest/logs"
                     raise ServiceError(f"Ray did not start: {_first_line(error)} Its logs: {logs}") from error
         raise AssertionError("the last attempt returns or raises")

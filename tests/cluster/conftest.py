@@ -37,7 +37,7 @@ def runtime(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Itera
     runtime = RayRuntime(write_config(folder, data_parallel_size=2))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_ADDRESS", cluster.address)
-        runtime.start()
+        patiently(runtime.start)
         asyncio.run(runtime.reserve(PATIENCE_S))
     yield runtime
     runtime.stop()

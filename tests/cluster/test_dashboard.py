@@ -152,6 +152,8 @@ def test_a_ray_that_knows_no_token_is_not_left_open_to_other_machines(answer, tm
     ("errors", "message", "attempts"),
     [
         ([Exception("The node timed out during startup.")], None, 2),
+        ([RuntimeError("Failed to start GCS.")], None, 2),
+        ([TimeoutError("Timed out while waiting for node to startup.")], None, 2),
         ([Exception("The node timed out during startup.")] * 2, "timed out during startup", 2),
         ([ValueError("no such address")], "no such address", 1),
     ],
