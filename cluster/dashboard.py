@@ -23,7 +23,7 @@ from rlx.rollout.auth import TOKEN_VARIABLE, service_token
 from rlx.rollout.http_errors import raise_answer
 
 PROMETHEUS_PORT, GRAFANA_PORT = 9090, 3000
-_READY_S, _STOP_S, _ASK_S = 30.0, 10.0, 10.0
+_READY_S, _STOP_S, _ASK_S = 60.0, 10.0, 30.0
 _INSTALL = "install one, for example with `apt-get install prometheus`, and run this again"
 
 

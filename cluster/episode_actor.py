@@ -145,9 +145,14 @@ class EpisodeActor:
             await asyncio.sleep(_BEAT_S)
 
     async def _watch(self) -> None:
-        """Raises Stalled when the user's loop has not turned for `episodes.stall_timeout` seconds."""
-        while (silent := time.monotonic() - self._beat) < self._stall_s:  # noqa: ASYNC110 - the other loop is the news
+        """Raises Stalled when the user's loop has not turned for `episodes.stall_timeout` seconds, in which this one did:
+        a machine that stands still stops both."""
+        beat, looks = self._beat, 0
+        while looks * _BEAT_S < self._stall_s:
             await asyncio.sleep(_BEAT_S)
+            looks = looks + 1 if self._beat == beat else 0
+            beat = self._beat
+        silent = time.monotonic() - beat
         task = asyncio.current_task(self._loop)
         frame = sys._current_frames()[self._thread.ident or 0]
         raise Stalled(

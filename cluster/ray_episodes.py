@@ -30,7 +30,7 @@ from rlx.rollout.worker import Worker
 from rlx.wire import GroupRequest
 
 LOAD_TIMEOUT_S = 120.0
-CLOSE_TIMEOUT_S = 10.0
+CLOSE_TIMEOUT_S, LOOK_TIMEOUT_S = 10.0, 60.0
 STUCK_AFTER_S = 2 * GRACE_S
 LOOK_INTERVAL_S = 30.0
 """Between two looks for threads that episodes left behind, where none has timed out."""
@@ -194,7 +194,7 @@ class _Process:
         if life is not self._now:
             return
         try:
-            stuck = await call(life.actor.handle.stuck.remote(), self._name, CLOSE_TIMEOUT_S)
+            stuck = await call(life.actor.handle.stuck.remote(), self._name, LOOK_TIMEOUT_S)
         except (ServiceError, DeadlineExceeded) as error:
             _log.warning("%s: %s", self._name, error)
             return

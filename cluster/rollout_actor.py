@@ -28,7 +28,7 @@ from rlx.rollout.worker import Taken, WorkerStatus
 if TYPE_CHECKING:
     from rlx.cluster.direct import DirectEndpoint, DirectSettings
 
-_LEFTOVERS_S = 15.0
+_LEFTOVERS_S = 60.0
 
 
 @dataclass(frozen=True)
