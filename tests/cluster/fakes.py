@@ -22,7 +22,7 @@ from rlx.rollout.fake_engine import FakeEngine
 from rlx.wire import Completion, Sampling
 
 T = TypeVar("T")
-PATIENCE_S = 120.0
+PATIENCE_S = 300.0
 """For what takes a moment on an idle machine."""
 
 REWARDS = """

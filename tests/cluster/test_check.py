@@ -108,7 +108,8 @@ def test_a_column_that_the_rollout_function_may_bring_is_no_error(tmp_path, mode
 
 
 @pytest.mark.slow
-def test_vllm_itself_says_which_models_it_serves_with_adapters():
+def test_vllm_itself_says_which_models_it_serves_with_adapters(monkeypatch):
+    monkeypatch.setattr(check, "_VLLM_S", 600.0)
     assert check._ask_vllm("FalconForCausalLM") == "False"
 
 
@@ -163,7 +164,7 @@ def test_the_quickstart_names_its_own_reward_and_transform():
     ],
 )
 def test_a_reward_that_blocks_or_exits_is_an_error_of_its_own(tmp_path, model, capsys, monkeypatch, reward, message):
-    monkeypatch.setattr(check, "_IMPORT_S", 0.0 if reward == "blocks" else 30.0)
+    monkeypatch.setattr(check, "_IMPORT_S", 0.0 if reward == "blocks" else 300.0)
     settings = config(tmp_path, model, reward=f"mine.{reward}")
     quick = settings.model_copy(update={"rewards": settings.rewards.model_copy(update={"timeout": 1.0})})
     assert check_main(quick, 1) == UserCodeError.exit_code

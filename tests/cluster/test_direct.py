@@ -53,12 +53,12 @@ async def test_groups_do_not_pass_the_gateway_and_are_what_it_would_give(runtime
 
 async def test_a_killed_worker_loses_no_group_that_went_to_it_directly(runtime, tmp_path):
     async with service_on_ray(config(tmp_path), runtime) as stage:
-        running = asyncio.create_task(stage.rollouts([group(f"g{i}", max_tokens=100) for i in range(12)]))
+        running = asyncio.create_task(stage.rollouts([group(f"g{i}", max_tokens=400) for i in range(12)]))
         await stage.comes_true(lambda: all(m.in_flight >= 8 for m in stage.service.fleet.members))
         stage.kill("rlx-rollout-1")
         results = await running
         assert Counter(r.key for r in results) == Counter(f"g{i}" for i in range(12))
-        assert {len(e.rows[0].ids) for r in results for e in r.episodes} == {100}
+        assert {len(e.rows[0].ids) for r in results for e in r.episodes} == {400}
         await stage.comes_true(lambda: stage.state("rlx-rollout-1") == ("ready", 0))
         again = await stage.rollouts([group(f"h{i}", max_tokens=4) for i in range(8)])
         assert {r.worker for r in again} == {"rlx-rollout-0", "rlx-rollout-1"}

@@ -24,7 +24,7 @@ from rlx.processes import LOG_BYTES, alive, descendants, start_of
 from rlx.wire import GroupRequest, RewardOutcome, Sampling
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("runtime"), pytest.mark.asyncio(loop_scope="module")]
-SECONDS = 60.0
+SECONDS = 300.0
 """For what takes a moment on an idle machine."""
 WITHOUT_WATCHDOG_S = 1.0
 """The watchdog of a process ends what is left 2 s after it; nothing is to be left for it."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import pytest_asyncio
-from fakes import PATIENCE_S, broken_engine, fake_engine, write_config
+from fakes import PATIENCE_S, broken_engine, fake_engine, no_cpu_is_free, write_config
 
 from rlx.cluster.ray_runtime import RayRuntime
 from rlx.cluster.ray_worker import RayWorker, WeightParcel
@@ -120,6 +120,7 @@ async def test_reserving_more_than_is_free_ends_with_what_is_missing(runtime, tm
     second = RayRuntime(write_config(tmp_path))
     second.layout = runtime.layout
     await runtime.reserve(PATIENCE_S)
+    await no_cpu_is_free()
     with pytest.raises(ServiceUnavailable, match=r"2 vLLM engines, 1 CPU each .* 0 of its 2 CPUs are free"):
         await second.reserve(1.0)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fakes import PATIENCE_S, fake_engine, seen_by_watchdog, write_config
+from fakes import PATIENCE_S, fake_engine, no_cpu_is_free, seen_by_watchdog, write_config
 
 from rlx.cluster import ray_worker
 from rlx.cluster.ray_runtime import RayRuntime
@@ -39,11 +39,11 @@ async def test_a_killed_worker_starts_again_after_all_that_it_left_and_goes_on_i
         node, pid = worker.node_id, (await worker.status()).pid
         child = (await worker.openai("child", {}))["pid"]
         await asyncio.to_thread(seen_by_watchdog, pid)
+        assert start_of(child) is not None
         worker.log.write_text("the first life\n")
         os.kill(pid, signal.SIGKILL)
         with pytest.raises(ServiceUnavailable, match=r"rlx-rollout-0 died: .*killed.*rlx-rollout-0\.log"):
             await worker.generate("a", PROMPT, 1, Sampling(max_tokens=10**6))
-        assert start_of(child) is not None
         await worker.start()
         assert start_of(child) is None
         assert (await worker.status()).pid != pid
@@ -81,6 +81,7 @@ async def test_what_a_process_left_is_waited_for_also_after_a_start_that_found_n
 
 async def test_without_devices_a_new_worker_says_what_is_missing_and_leaves_no_request(runtime, tmp_path):
     await runtime.reserve(PATIENCE_S)
+    await no_cpu_is_free()
     worker = make_worker(runtime, tmp_path, 8, reserve_timeout_s=1.5)
     with pytest.raises(NoDevices) as caught:
         await worker.start()
