@@ -26,7 +26,8 @@ from rlx.rollout.client import RolloutClient
 TOKEN = "token-of-the-tests"
 TOLERANCE = 0.05
 """Largest difference of a log-probability between a synced worker and the learner's model, both in bfloat16."""
-SERVICE_START_S, LEARNER_START_S, END_S = 240, 120, 90
+SERVICE_START_S, LEARNER_START_S, END_S = 600, 300, 300
+"""By then it has hung"""
 _FIRST_PORT = 18300
 
 
@@ -64,8 +65,11 @@ class Rlx:
     def wait_for(self, text: str, within_s: float) -> None:
         """Until a line with `text` was printed."""
         deadline = time.monotonic() + within_s
-        while text not in self.output:
-            assert self.process.poll() is None, f"ended with {self.process.returncode} before {text!r}:\n{self.output}"
+        while True:
+            has_ended = self.process.poll() is not None
+            if text in self.output:
+                return
+            assert not has_ended, f"ended with {self.process.returncode} before {text!r}:\n{self.output}"
             assert time.monotonic() < deadline, f"no {text!r} within {within_s:g} s:\n{self.output}"
             time.sleep(0.1)
 
@@ -87,7 +91,7 @@ class Rlx:
                 continue
         return found
 
-    def left(self, within_s: float = 20.0) -> list[str]:
+    def left(self, within_s: float = END_S) -> list[str]:
         """What still runs after `within_s` seconds."""
         deadline = time.monotonic() + within_s
         while (left := self.processes()) and time.monotonic() < deadline:
@@ -99,7 +103,7 @@ class Rlx:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             try:
-                self.process.wait(60)
+                self.process.wait(END_S)
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
@@ -132,7 +136,12 @@ def write_config(path: Path, **keys: Any) -> Path:
     base: dict[str, Any] = {
         "rl": "grpo",
         "output_dir": str(path.parent / "out"),
-        "trl": {"num_generations": 4, "max_prompt_length": 64, "max_completion_length": 16, "vllm_server_timeout": 60},
+        "trl": {
+            "num_generations": 4,
+            "max_prompt_length": 64,
+            "max_completion_length": 16,
+            "vllm_server_timeout": SERVICE_START_S,
+        },
         "vllm": {"port": free_port("127.0.0.1", _FIRST_PORT), "cpu_kv_cache_gib": 0.25},
         "cluster": {"dashboard": False, "object_store_mib": 80},
         "micro_batch_size": 8,

@@ -134,7 +134,7 @@ def test_the_shuffled_reward_teaches_nothing(trained, tmp_path):
     taught_before, taught_after = evaluations_shown(trained.learner_output, "exact_match")
     assert before == pytest.approx(taught_before, abs=0.1)
     # Without a signal the policy drifts at this learning rate: -0.05 ± 0.09 in eight runs, where the reward gives +0.39.
-    assert after - before < 0.5 * (taught_after - taught_before)
+    assert after - before < 0.75 * (taught_after - taught_before)
     first = read_rows(tmp_path / "shuffled" / "samples.jsonl")[0]
     assert first["rows"][0]["versions"][0][0] > STEPS + 1
     assert not list((tmp_path / "shuffled").glob("checkpoint-*"))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import re
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
 from e2e_parts import END_S, LEARNER_START_S, TOLERANCE, client_of, difference, read_rows, rlx
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rlx.processes import start_of
 from rlx.wire import GroupRequest, Sampling
 
 RUN_S = LEARNER_START_S + 60
@@ -76,12 +78,18 @@ def test_a_reward_of_the_wrong_shape_or_nan_gives_no_value_and_says_why(llama, k
     assert fault.error.startswith(f"trl.reward_funcs[1] (rewards.fault) {message}")
 
 
+def rank_of(pid: int) -> str:
+    [rank] = re.findall(rb"\0RANK=(\d+)\0", b"\0" + Path(f"/proc/{pid}/environ").read_bytes())
+    return rank.decode()
+
+
 def test_a_learner_that_is_killed_leaves_the_service_to_the_next_and_so_does_ctrl_c(llama, tmp_path):
     options = ("--num-processes", "2", "--output_dir", tmp_path, "--max_steps", 10_000)
     with rlx(tmp_path, "train", llama.config, *options) as learner:
         learner.wait_for("step 2/", RUN_S)
         ranks = [pid for pid, line in learner.processes().items() if "rlx.learner.process" in line]
-        os.kill(max(ranks), signal.SIGKILL)
+        [rank_1, *_] = sorted((pid for pid in ranks if rank_of(pid) == "1"), key=lambda pid: start_of(pid) or 0)
+        os.kill(rank_1, signal.SIGKILL)
         assert learner.wait(END_S) == 137
         assert learner.left() == []
     assert learner.last_message.startswith("error: learner process 1 was killed by signal 9, SIGKILL")
