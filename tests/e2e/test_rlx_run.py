@@ -37,6 +37,8 @@ def write_project(folder: Path) -> Path:
         datasets=[{"path": "prompts.jsonl"}],
         val_set_size=4,
         trl={"reward_funcs": ["rlx.rewards.length"]},
+        save_steps=2,
+        save_total_limit=1,
     )
 
 
@@ -74,7 +76,7 @@ def test_a_run_in_one_terminal_trains_and_leaves_nothing(runs):
 
 def test_ctrl_c_in_training_ends_everything(runs):
     _, run = runs
-    run.wait_for("step 2/", RUN_S)
+    run.wait_for("step 3/", RUN_S)  # the checkpoint of the second is whole
     assert answers(run)
     run.ctrl_c()
     assert run.wait(END_S) == 130
