@@ -1,4 +1,5 @@
-"""The token of the fake service, for every process that a test starts; one thread, so that busy cores slow nothing."""
+"""The token of the fake service, for every process that a test starts; one thread, so that busy cores slow nothing; and
+time for the thread that writes a run's files."""
 
 from __future__ import annotations
 
@@ -13,3 +14,4 @@ torch.set_num_threads(1)
 def service_token(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RLX_TOKEN", TOKEN)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr("rlx.learner.watch.report._FLUSH_S", 60.0)

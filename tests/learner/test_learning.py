@@ -97,8 +97,8 @@ def share_solved(folder: Path) -> float:
 TASKS = {
     "bandit": Task(words, of_word, {"max_steps": 25, "trl": {"max_completion_length": 1}}, chance_of_the_best_arm, 0.9),
     "length": Task(
-        words, of_length, {"max_steps": 40, "trl": {"max_completion_length": LONGEST}}, closeness_to_the_length, 0.8
-    ),
+        words, of_length, {"max_steps": 40, "trl": {"max_completion_length": LONGEST}}, closeness_to_the_length, 0.55
+    ),  # of 22 other streams of samples the worst ended at 0.74; the best mistake ends at 0.34
     # the model that is trained solves 44 %
     "arithmetic": Task(
         quickstart,

@@ -28,7 +28,8 @@ def test_a_run_leaves_its_events_and_spans_and_the_gateway_shows_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RLX_TOKEN", TOKEN)
-    monkeypatch.setattr("rlx.learner.watch.observer._CLOSE_S", 60.0)
+    for limit in ("_CLOSE_S", "_TIMEOUT"):
+        monkeypatch.setattr(f"rlx.learner.watch.observer.{limit}", 60.0)
     path, out = write_run(tmp_path, max_steps=4, save_steps=1), tmp_path / "out"
     with serve(fails_in_the_third_step) as served:
         with pytest.raises(UserCodeError, match="ZeroDivisionError"):

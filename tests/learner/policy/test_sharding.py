@@ -21,7 +21,7 @@ from rlx.learner.policy.adapters import WEIGHTS
 from rlx.learner.policy.checkpoints import find_resume_point
 from rlx.learner.policy.sharding import arguments, check_device, device_notes, prepare_fsdp
 
-LIMIT_S = 400.0
+LIMIT_S = 800.0
 RUNS: dict[str, dict[str, Any]] = {
     # Everything that has all ranks do something together: the reference and its mixing, old log-probabilities, the
     # pass for the entropies, micro-batches by tokens, publishing, checkpoints.
