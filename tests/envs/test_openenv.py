@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import socket
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+from held_port import held_port
 from openenv_parts import GUESS_SCHEMA, HINT, FakeServer, config_with, instances, real_server, until_instances
 
 from rlx.envs import openenv_leases
@@ -276,9 +276,7 @@ async def test_an_idle_session_whose_connection_is_cut_is_lost_at_its_next_step(
 
 
 async def test_nobody_there_is_told_at_once() -> None:
-    with socket.socket() as silent:  # it is nobody else's meanwhile
-        silent.bind(("127.0.0.1", 0))
-        port = silent.getsockname()[1]
+    with held_port() as port:
         envs = OpenEnvs(config_with({"name": "guess", "openenv": {"url": f"http://127.0.0.1:{port}"}}))
         with pytest.raises(EnvLost, match=f"'guess' at http://127.0.0.1:{port}: no connection: connection refused"):
             await opened(envs)

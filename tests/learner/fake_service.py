@@ -6,7 +6,6 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -167,15 +166,6 @@ def serve(
         if thread.is_alive():
             served.stop()
         thread.join(START_TIMEOUT_S)
-
-
-@contextmanager
-def held_port() -> Iterator[int]:
-    """A port that nobody listens on but who is told of it: no other process gets it meanwhile."""
-    with socket.socket() as holder:
-        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        holder.bind(("127.0.0.1", 0))
-        yield holder.getsockname()[1]
 
 
 def write_run(folder: Path, dtype: torch.dtype = torch.float32, tie: bool = True, **changes: Any) -> Path:

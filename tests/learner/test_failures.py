@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from fake_service import ScriptedWorker, Served, held_port, serve, write_run
+from fake_service import ScriptedWorker, Served, serve, write_run
+from held_port import held_port
 from learner_process import LIMIT_S, gone, run, start
 
 from rlx.processes import descendants

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from fake_service import ScriptedWorker, config_for, held_port, lines, serve, write_run
+from fake_service import ScriptedWorker, config_for, lines, serve, write_run
+from held_port import held_port
 from learner_process import LIMIT_S, run, start
 from safetensors.torch import load
 from torch import nn

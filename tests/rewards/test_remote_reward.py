@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from held_port import held_port
 
 from rlx.errors import UserCodeError
 from rlx.rewards import remote
@@ -153,11 +154,9 @@ def test_an_answer_of_a_wrong_shape_is_told(server, tmp_path, body, message):
 def test_nobody_at_the_address_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(remote, "_FIRST_PAUSE_S", 0.01)
     monkeypatch.setattr(remote, "_CONNECT_TIMEOUT_S", 60.0)
-    with socket.socket() as silent:  # it is nobody else's meanwhile
-        silent.bind(("127.0.0.1", 0))
-        port = silent.getsockname()[1]
-        with pytest.raises(UserCodeError, match=rf"127.0.0.1:{port}/score failed 3 times; the last time: ConnectError"):
-            scored(f"http://127.0.0.1:{port}/score", tmp_path)
+    told = "127.0.0.1:{}/score failed 3 times; the last time: ConnectError"
+    with held_port() as port, pytest.raises(UserCodeError, match=told.format(port)):
+        scored(f"http://127.0.0.1:{port}/score", tmp_path)
 
 
 async def test_groups_are_scored_side_by_side(server, tmp_path):

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -182,15 +181,6 @@ async def on_http(
     """The service behind a real port; gives the URL."""
     async with serving(create_app(service, token, require_token_for_data), bind("127.0.0.1", 0)) as url:
         yield url
-
-
-@contextmanager
-def reserved_port() -> Iterator[int]:
-    """A port that no other process is given meanwhile, and on which nobody listens until a service takes it."""
-    with socket.socket() as held:
-        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        held.bind(("127.0.0.1", 0))
-        yield held.getsockname()[1]
 
 
 async def eventually(condition: Any, seconds: float = PATIENCE_S) -> None:

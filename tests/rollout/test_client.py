@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from held_port import held_port
 from service_parts import (
     QUICK,
     TOKEN,
@@ -20,7 +21,6 @@ from service_parts import (
     eventually,
     group,
     make_service,
-    reserved_port,
     weights,
 )
 
@@ -236,7 +236,7 @@ def test_a_service_that_comes_up_later_is_found():
         if not services:
             services.append(run_service(port=port).__enter__())
 
-    with reserved_port() as port, RolloutClient(f"http://127.0.0.1:{port}", TOKEN, TIMEOUTS) as client:
+    with held_port() as port, RolloutClient(f"http://127.0.0.1:{port}", TOKEN, TIMEOUTS) as client:
         try:
             assert client.wait_until_ready(60, on_wait)["status"] == "ok"
         finally:
@@ -245,7 +245,7 @@ def test_a_service_that_comes_up_later_is_found():
 
 
 def test_without_a_service_the_error_says_what_to_type():
-    with reserved_port() as port, RolloutClient(url := f"http://127.0.0.1:{port}", TOKEN, TIMEOUTS) as client:
+    with held_port() as port, RolloutClient(url := f"http://127.0.0.1:{port}", TOKEN, TIMEOUTS) as client:
         said = rf"within 0\.3 s: nobody answers at {url}; .*rlx vllm-serve <cfg\.yaml>"
         with pytest.raises(ServiceUnavailable, match=said):
             client.wait_until_ready(0.3)
@@ -387,7 +387,7 @@ def test_a_cancelled_key_may_come_again_in_a_new_session():
 
 
 def test_a_gateway_that_comes_back_on_its_port_is_told_apart_and_serves_the_same_keys_again():
-    with reserved_port() as port, RolloutClient(f"http://127.0.0.1:{port}", TOKEN, TIMEOUTS) as client:
+    with held_port() as port, RolloutClient(f"http://127.0.0.1:{port}", TOKEN, TIMEOUTS) as client:
         first = run_service(port=port).__enter__()
         client.wait_until_ready(60)
         instance = client.begin_session("s")["instance"]
@@ -409,7 +409,7 @@ def test_a_gateway_that_comes_back_on_its_port_is_told_apart_and_serves_the_same
 
 def test_a_gateway_that_is_gone_is_an_error_after_a_few_tries(monkeypatch):
     monkeypatch.setattr(client_module, "_FIRST_PAUSE_S", 0.01)
-    with reserved_port() as port, RolloutClient(f"http://127.0.0.1:{port}", TOKEN, TIMEOUTS) as client:
+    with held_port() as port, RolloutClient(f"http://127.0.0.1:{port}", TOKEN, TIMEOUTS) as client:
         running = run_service(port=port).__enter__()
         client.wait_until_ready(60)
         client.begin_session("s")

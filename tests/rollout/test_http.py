@@ -12,6 +12,7 @@ from dataclasses import replace
 import httpx
 import numpy as np
 import pytest
+from held_port import held_port
 from service_parts import (
     QUICK,
     TOKEN,
@@ -22,7 +23,6 @@ from service_parts import (
     group,
     make_service,
     on_http,
-    reserved_port,
     started,
     weights,
 )
@@ -567,7 +567,7 @@ def test_an_address_that_is_not_here_is_a_configuration_error(host):
 
 async def test_the_port_is_free_after_the_gateway_ends():
     app = create_app(make_service([LocalWorker()]), TOKEN, require_token_for_data=False)
-    with reserved_port() as port:
+    with held_port() as port:
         async with serving(app, bind("127.0.0.1", port)):
             pass
         bind("127.0.0.1", port).close()
